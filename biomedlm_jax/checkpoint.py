@@ -1,0 +1,160 @@
+"""Checkpoints of a run with Orbax: save in the background, keep by a rule, restore on any mesh.
+
+    RUN/checkpoints/<step>/params       parameters, as `model.init_params` nests them
+    RUN/checkpoints/<step>/optimizer    the optimizer's state
+    RUN/checkpoints/<step>/metadata     JSON: what else the step needs to go on, such as which rows were read
+
+Parameters and optimizer are apart so that evaluation and export read only what they need. A checkpoint without
+`optimizer` holds weights to start from, not a run to go on with.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from biomedlm_jax import config as config_lib
+from biomedlm_jax.config import ModelConfig, TrainConfig
+from biomedlm_jax.errors import UserError
+from biomedlm_jax.model import Params, init_params
+from biomedlm_jax.step import TrainState
+
+CONFIG_FILE = "config.yaml"
+TOKENIZER_FOLDER = "tokenizer"
+
+# Arrays are stored in pieces of at most this many bytes, so that one layer of a stack, or the shard of another
+# mesh, is read without reading all of it.
+_CHUNK_BYTES = 64 * 2**20
+
+
+def checkpoint_folder(run_dir: str | Path) -> Path:
+    """Where a run's checkpoints lie."""
+    return Path(run_dir).absolute() / "checkpoints"
+
+
+class Checkpointer:
+    """Saves and restores the train state of one run."""
+
+    def __init__(self, run_dir: str | Path, config: TrainConfig):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep_last, keep_period=config.keep_every or None, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(checkpoint_folder(run_dir), options=options)
+
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint; None if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, metadata: dict[str, Any]) -> None:
+        """Starts to save the state of its step, and returns once the state may be changed.
+
+        Raises:
+          Exception: what an earlier save failed with in the background; its checkpoint does not exist.
+        """
+        self._manager.check_for_errors()
+        self._manager.save(int(state.step), args=ocp.args.Composite(
+            params=_save_args(state.params), optimizer=_save_args(state.opt_state),
+            metadata=ocp.args.JsonSave(metadata)))
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """What `save` was given beside the state."""
+        return self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())).metadata
+
+    def restore(self, step: int, abstract_state: TrainState) -> TrainState:
+        """The state of a step, laid out as `abstract_state` (shapes, types and shardings) says.
+
+        The mesh may be another than the one it was saved on.
+
+        Raises:
+          UserError: the checkpoint holds weights only, or arrays of other shapes.
+        """
+        folder = Path(self._manager.directory) / str(step)
+        if not (folder / "optimizer").exists():
+            raise UserError(f"{folder} holds weights without an optimizer state: start from it with run.init_from "
+                            "and another run.dir")
+        with _explained(folder):
+            restored = self._manager.restore(step, args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(abstract_state.params),
+                optimizer=ocp.args.StandardRestore(abstract_state.opt_state)))
+        step_array = jax.device_put(jax.numpy.asarray(step, jax.numpy.int32), abstract_state.step.sharding)
+        return TrainState(step_array, restored.params, restored.optimizer)
+
+    def wait(self) -> None:
+        """Waits for saves under way.
+
+        Raises:
+          Exception: what a save failed with.
+        """
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+
+    def close(self) -> None:
+        """Waits for saves under way and frees what the manager holds."""
+        self._manager.close()
+
+
+def save_params(run_dir: str | Path, step: int, params: Params) -> None:
+    """Writes a checkpoint that holds weights only, as an import does."""
+    with ocp.CheckpointManager(checkpoint_folder(run_dir)) as manager:
+        manager.save(step, args=ocp.args.Composite(params=_save_args(params)))
+
+
+def has_steps(run_dir: str | Path) -> bool:
+    """Whether a run's folder holds a complete checkpoint."""
+    folder = checkpoint_folder(run_dir)
+    return folder.is_dir() and bool(ocp.utils.checkpoint_steps(folder))
+
+
+def find_step(run_dir: str | Path, step: int | None = None) -> int:
+    """`step`, or the newest checkpoint of a run.
+
+    Raises:
+      UserError: there is no such run, checkpoint, or step; lists the steps that there are.
+    """
+    folder = checkpoint_folder(run_dir)
+    if not (Path(run_dir) / CONFIG_FILE).is_file():
+        raise UserError(f"{run_dir} is not the folder of a run: it has no {CONFIG_FILE}")
+    steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+    if not steps:
+        raise UserError(f"{run_dir} has no checkpoint yet")
+    if step is not None and step not in steps:
+        raise UserError(f"{run_dir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
+    return steps[-1] if step is None else step
+
+
+def load_params(run_dir: str | Path, step: int | None = None, shardings: Params | None = None) -> Params:
+    """The parameters of a run's checkpoint, by default the newest, on one device unless `shardings` says otherwise.
+
+    Raises:
+      UserError: see `find_step`.
+    """
+    step = find_step(run_dir, step)
+    config = config_lib.load_config(Path(run_dir) / CONFIG_FILE).model
+    return restore_params(checkpoint_folder(run_dir) / str(step) / "params", config, shardings)
+
+
+def restore_params(folder: Path, config: ModelConfig, shardings: Params | None = None) -> Params:
+    """The parameters in a checkpoint's `params` folder, laid out by `shardings` or on one device."""
+    abstract = jax.eval_shape(lambda: init_params(config, 0))
+    if shardings is None:
+        shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract)
+    abstract = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract,
+                            shardings)
+    with _explained(folder), ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder, abstract)
+
+
+def _save_args(tree: Any) -> ocp.args.StandardSave:
+    return ocp.args.StandardSave(tree, save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree))
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Names the checkpoint when Orbax cannot read it: other shapes than the configuration's, or damaged files."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(f"cannot read the checkpoint {folder}: {str(error).strip().splitlines()[0]}; an older step may "
+                        "be whole") from error

@@ -1,0 +1,335 @@
+"""Every setting: frozen dataclasses, one YAML file, dotted overrides.
+
+Defaults are the published BioMedLM 2.7B (https://huggingface.co/stanford-crfm/BioMedLM) where its card or
+configuration gives a number. A field's docstring is its `--help` text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import jsonargparse
+import yaml
+
+from biomedlm_jax.errors import UserError
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+# One path or glob, or several.
+Paths = tuple[str, ...] | str
+
+
+def as_paths(paths: Paths) -> tuple[str, ...]:
+    """`paths` as a tuple: settings accept a bare string for a single path."""
+    return (paths,) if isinstance(paths, str) else tuple(paths)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """GPT-2, with Hugging Face GPT-2's names."""
+
+    vocab_size: int = 28_896
+    """Words of the vocabulary; must be the tokenizer's."""
+    n_positions: int = 1024
+    """Tokens of a row, which is also the longest sequence the model can read."""
+    n_embd: int = 2560
+    """Width of the residual stream; the MLP is four times as wide."""
+    n_layer: int = 32
+    """Number of blocks."""
+    n_head: int = 20
+    """Attention heads; must divide n_embd."""
+    layer_norm_epsilon: float = 1e-5
+    """Added to the variance in LayerNorm, whose statistics are float32."""
+    initializer_range: float = 0.02
+    """Standard deviation of initial weights; residual projections get it divided by sqrt(2 * n_layer)."""
+    scale_attn_by_inverse_layer_idx: bool = True
+    """Divide the attention scores of layer i (from 0) by i + 1, as the published model does."""
+    embd_pdrop: float = 0.0
+    """Dropout rate after the embeddings."""
+    attn_pdrop: float = 0.0
+    """Dropout rate of attention probabilities; above 0 needs attention: reference."""
+    resid_pdrop: float = 0.0
+    """Dropout rate of what each block adds to the residual stream."""
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of activations and of matrix products; parameters and optimizer state are float32."""
+    attention: Literal["auto", "cudnn", "reference"] = "auto"
+    """Attention implementation; auto takes the fastest that fits the device and the shapes, and logs it."""
+    remat: Literal["none", "matmuls", "full"] = "none"
+    """What the backward pass recomputes of a block: nothing, all but matrix products, or everything."""
+    unroll: int = 1
+    """Layers unrolled in a step of the scan over layers; n_layer unrolls all: slower to compile, faster on one GPU."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "unroll"):
+            _require(getattr(self, name) >= 1, f"model.{name} must be at least 1, not {getattr(self, name)}")
+        _require(self.n_embd % self.n_head == 0,
+                 f"model.n_head must divide model.n_embd: {self.n_embd} / {self.n_head} is not a whole number")
+        for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
+            _require(0 <= getattr(self, name) < 1, f"model.{name} must be in [0, 1), not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Text, its tokenizer, and the rows of token ids made from them."""
+
+    source: Literal["synthetic", "pile", "text"] = "synthetic"
+    """Format of the text: the bundled generator, The Pile's JSON lines (plain, .gz, .zst), or plain text files."""
+    train_files: Paths = ()
+    """Paths or globs of training text."""
+    eval_files: Paths = ()
+    """Paths or globs of held-out text; none means no evaluation."""
+    pile_sets: tuple[str, ...] = ("PubMed Abstracts", "PubMed Central")
+    """Which of The Pile's sets to keep, by meta.pile_set_name."""
+    dir: str = ""
+    """Folder of the prepared rows, made when missing; by default 'prepared' inside run.dir."""
+    tokenizer: str = ""
+    """Folder of an existing tokenizer (tokenizer.model, or vocab.json and merges.txt); by default one is trained
+    on the abstracts among the training text."""
+    max_bad_fraction: float = 0.001
+    """Fraction of broken records above which preparation fails instead of skipping them."""
+    synthetic_documents: int = 20_000
+    """Training documents of source: synthetic."""
+    synthetic_eval_documents: int = 500
+    """Held-out documents of source: synthetic."""
+    reader_threads: int = 4
+    """Threads that read rows ahead of the step."""
+
+    def __post_init__(self) -> None:
+        if self.source != "synthetic":
+            _require(bool(as_paths(self.train_files)) or bool(self.dir),
+                     f"data.source {self.source} needs data.train_files, or data.dir of rows prepared before")
+        _require(0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction must be in [0, 1], not {self.max_bad_fraction}")
+        for name in ("synthetic_documents", "synthetic_eval_documents", "reader_threads"):
+            _require(getattr(self, name) >= 1, f"data.{name} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Decoupled AdamW as in Composer, under linear warm-up and cosine decay."""
+
+    learning_rate: float = 1.6e-4
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 1.6e-5
+    """Fraction of every parameter removed per step at the peak rate; torch's and optax's AdamW call it
+    weight_decay / learning_rate (here 0.1)."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up; the first step has rate 0."""
+    final_fraction: float = 0.1
+    """Learning rate at train.steps, as a fraction of the peak."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient; 0 never clips."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "eps"):
+            _require(getattr(self, name) > 0, f"optimizer.{name} must be above 0, not {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"optimizer.{name} must be in [0, 1), not {getattr(self, name)}")
+        for name in ("weight_decay", "warmup_steps", "final_fraction", "clip_norm"):
+            _require(getattr(self, name) >= 0, f"optimizer.{name} must not be negative, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How devices are laid out: parameters are sharded over fsdp and copied over replica."""
+
+    replica: int = 1
+    """Copies of the sharded model."""
+    fsdp: int = -1
+    """Devices a copy is sharded over; -1 takes all that remain."""
+
+    def __post_init__(self) -> None:
+        _require(self.replica >= 1, f"mesh.replica must be at least 1, not {self.replica}")
+        _require(self.fsdp >= 1 or self.fsdp == -1, f"mesh.fsdp must be at least 1, or -1 for the rest, not {self.fsdp}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch, and rhythm of a run."""
+
+    steps: int = 286_102
+    """Optimizer steps; the learning-rate schedule ends here."""
+    global_batch_size: int = 1024
+    """Sequences a step, over all devices."""
+    gradient_accumulation_steps: int = 1
+    """Parts the global batch is computed in, one after the other; the result does not depend on it."""
+    seed: int = 0
+    """Seed of the initial weights, of the order of rows, and of dropout."""
+    loss_chunk: int = 0
+    """Positions of a row whose logits exist at once, to save memory; must divide model.n_positions; 0 is all."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 1000
+    """Steps between evaluations on held-out rows; 0 evaluates at the end only."""
+    eval_batches: int = 0
+    """Batches of an evaluation; 0 is all held-out rows."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; there is always one at the end."""
+    keep_last: int = 3
+    """Checkpoints kept, the newest ones."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps are kept forever; 0 keeps none beyond keep_last."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every",
+                     "keep_last"):
+            _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("seed", "loss_chunk", "eval_every", "eval_batches", "keep_every"):
+            _require(getattr(self, name) >= 0, f"train.{name} must not be negative, not {getattr(self, name)}")
+        _require(self.global_batch_size % self.gradient_accumulation_steps == 0,
+                 f"train.gradient_accumulation_steps must divide train.global_batch_size: {self.global_batch_size} / "
+                 f"{self.gradient_accumulation_steps} is not a whole number")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and where its numbers go."""
+
+    dir: str = ""
+    """Folder of the run: configuration, metrics, checkpoints. Started again on the same folder, a run goes on."""
+    init_from: str = ""
+    """Start from the weights of another run's folder or of a Hugging Face GPT-2 folder; a checkpoint in run.dir wins."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+    wandb_project: str = ""
+    """Also log to this project of Weights & Biases; needs `pip install wandb`."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a pretraining run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.optimizer.warmup_steps < self.train.steps,
+                 f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be below train.steps ({self.train.steps})")
+        chunk = self.train.loss_chunk
+        _require(not chunk or self.model.n_positions % chunk == 0,
+                 f"train.loss_chunk must divide model.n_positions: {self.model.n_positions} / {chunk or 1} "
+                 "is not a whole number")
+
+    @property
+    def prepared_dir(self) -> Path:
+        """Folder of the prepared rows."""
+        return Path(self.data.dir) if self.data.dir else Path(self.run.dir) / "prepared"
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    """Says what is wrong in one line, with the nearest setting for an unknown one."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        message = " ".join(str(message).split()).replace("Parser key ", "")
+        unknown = (re.search(r"unrecognized arguments: --([\w.]+)", message)
+                   or re.search(r"Option '([\w.]+)' is not accepted", message))
+        in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+        if unknown or in_group:
+            key = unknown[1] if unknown else f"{in_group[1]}.{in_group[2]}" if in_group else ""
+            message = f"unknown setting {key}{_nearest(key)} (--help lists every setting)"
+        raise UserError(message) from ex
+
+
+def _setting_names() -> list[str]:
+    return [f"{group.name}.{leaf.name}" for group in dataclasses.fields(Config)
+            for leaf in dataclasses.fields(group.default_factory)]  # type: ignore[arg-type,misc]
+
+
+def _nearest(key: str) -> str:
+    names = _setting_names()
+    leaf = key.rpartition(".")[2]
+    close = (difflib.get_close_matches(key, names, n=1, cutoff=0.7)
+             or [name for name in names if name.partition(".")[2] == leaf]
+             or difflib.get_close_matches(key, [name.partition(".")[0] for name in names], n=1)
+             or difflib.get_close_matches(key, names, n=1, cutoff=0.4))
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _parser(prog: str, description: str) -> _Parser:
+    parser = _Parser(prog=prog, description=description)
+    parser.add_argument("--config", action="config", help="YAML file of settings; dotted options win over it.")
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def parse_args(command: str, description: str, args: list[str] | None = None) -> Config:
+    """The configuration of a command line: `--config FILE` and dotted overrides such as `--train.steps 100`.
+
+    Args:
+      command: the module's name, for `--help`.
+      description: one line for `--help`.
+      args: the arguments, `sys.argv[1:]` by default.
+
+    Raises:
+      UserError: an unknown setting (with the nearest name), a value of the wrong type, or values that contradict
+        each other.
+    """
+    parser = _parser(f"python -m biomedlm_jax.{command}", description)
+    return _instantiate(parser, parser.parse_args(args))
+
+
+def load_config(path: str | Path) -> Config:
+    """The configuration in a YAML file, as `save_config` writes it.
+
+    Raises:
+      UserError: the file is missing, is not YAML, or holds an unknown setting; names the file.
+    """
+    parser = _parser(str(path), "")
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist: is {Path(path).parent} the folder of a run?")
+    try:
+        return _instantiate(parser, parser.parse_path(str(path)))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _instantiate(parser: _Parser, namespace: jsonargparse.Namespace) -> Config:
+    values = parser.instantiate(namespace)
+    return Config(**{group.name: values[group.name] for group in dataclasses.fields(Config)})
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Writes every setting to a YAML file that `--config` and `load_config` read back."""
+    values = {group: {key: list(value) if isinstance(value, tuple) else value for key, value in section.items()}
+              for group, section in dataclasses.asdict(config).items()}
+    Path(path).write_text(yaml.safe_dump(values, sort_keys=False, width=120))
+
+
+# Settings that may change when a run goes on: they decide how and where it is computed, not what.
+_MAY_CHANGE = {
+    "model": {"attention", "remat", "unroll"},
+    "train": {"gradient_accumulation_steps", "loss_chunk", "log_every", "eval_every", "eval_batches", "checkpoint_every",
+              "keep_last", "keep_every"},
+}
+
+
+def differences(before: Config, after: Config) -> list[str]:
+    """The settings that make `after` another run than `before`: 'model.n_layer was 2, is 4'.
+
+    The data are not compared: a checkpoint records the hash of the rows themselves.
+    """
+    found = []
+    for group in ("model", "optimizer", "train"):
+        old, new = (dataclasses.asdict(getattr(config, group)) for config in (before, after))
+        found += [f"{group}.{name} was {old[name]}, is {new[name]}" for name in new
+                  if name not in _MAY_CHANGE.get(group, ()) and old[name] != new[name]]
+    return found

@@ -1,0 +1,46 @@
+"""What a command says to its user: progress as it goes, and mistakes in one line."""
+
+import errno
+import logging
+import sys
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+# EX_USAGE-like: the request cannot be met; the message says what to change.
+USER_ERROR_STATUS = 2
+
+
+class UserError(Exception):
+    """A mistake in the request or its input; the message says what is wrong, where, and what to do."""
+
+
+class _AboveProgressBars(logging.Handler):
+    """Writes messages to standard error without tearing a progress bar apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Runs a command's `main` and exits the process: its status, or one line on standard error for a user's mistake.
+
+    A `UserError`, a missing or unreadable file, and a full disk end without a traceback; anything else is a
+    defect of ours and keeps its traceback.
+    """
+    package_logger = logging.getLogger("biomedlm_jax")
+    package_logger.setLevel(logging.INFO)
+    package_logger.propagate = False    # libraries set up the root logger, too
+    package_logger.addHandler(_AboveProgressBars())
+    try:
+        sys.exit(main())
+    except UserError as error:
+        message = str(error)
+    except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
+        message = f"{error.filename}: {error.strerror}"
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        message = f"{error.filename or 'writing'}: {error.strerror}; make room and start the same command again"
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(USER_ERROR_STATUS)

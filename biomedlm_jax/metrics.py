@@ -1,0 +1,151 @@
+"""Where a run's numbers go: a progress bar, metrics.jsonl, TensorBoard, Weights & Biases."""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from biomedlm_jax.config import Config
+from biomedlm_jax.errors import UserError
+from biomedlm_jax.model import flops_per_token
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+
+# Dense bfloat16 FLOP/s of one device, from the makers' data sheets, by a piece of jax's `device_kind`.
+_PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Data-sheet bfloat16 FLOP/s of a device, None where it is not known (a CPU)."""
+    return next((flops for name, flops in _PEAK_FLOPS.items() if name in device_kind), None)
+
+
+class Throughput:
+    """Seconds a step, tokens per second, and model FLOPs utilization since the last reading.
+
+    Compilation, evaluations and checkpoints do not count: call `restart` after them.
+    """
+
+    def __init__(self, config: Config):
+        self._tokens_per_step = config.train.global_batch_size * config.model.n_positions
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self._mfu_per_rate = flops_per_token(config.model) / (peak * jax.device_count()) if peak else None
+        self.restart(0)
+
+    def restart(self, step: int) -> None:
+        """Starts to count at `step` completed steps."""
+        self._step, self._time = step, time.perf_counter()
+
+    def read(self, step: int) -> dict[str, float | None]:
+        """The 'perf/' numbers since the last `restart` or `read`; none if no step was completed since."""
+        steps = step - self._step
+        if steps <= 0:
+            return {}
+        seconds = (time.perf_counter() - self._time) / steps
+        self.restart(step)
+        rate = self._tokens_per_step / seconds
+        mfu = None if self._mfu_per_rate is None else rate * self._mfu_per_rate
+        return {"perf/tokens_per_second": rate, "perf/mfu": mfu, "perf/step_seconds": seconds}
+
+
+class MetricWriter:
+    """Writes numbers by step; a resumed run goes on in the same files, without the steps it takes again."""
+
+    def __init__(self, config: Config, start_step: int, write: bool):
+        """Args: `start_step`, completed steps of the checkpoint; `write`, false in all processes but one."""
+        self._write = write
+        self._total = config.train.steps
+        if not write:
+            return
+        run_dir = Path(config.run.dir)
+        self._file = (run_dir / METRICS_FILE).open("a+")
+        _drop_after(self._file, start_step)
+        self._bar = tqdm(total=self._total, initial=start_step, desc="training", unit=" steps", disable=None,
+                         dynamic_ncols=True)
+        self._tensorboard = None
+        if config.run.tensorboard:
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+        self._wandb = _start_wandb(config) if config.run.wandb_project else None
+
+    def advance(self, step: int) -> None:
+        """Moves the progress bar."""
+        if self._write:
+            self._bar.update(step - self._bar.n)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Writes one line of numbers; None stands for what is not known."""
+        if not self._write:
+            return
+        self._file.write(json.dumps({"step": step} | values) + "\n")
+        self._file.flush()
+        known = {name: value for name, value in values.items() if value is not None}
+        if self._tensorboard:
+            for name, value in known.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(known, step=step)
+        shown = _summary(known)
+        self._bar.set_postfix_str(shown)
+        if self._bar.disable:
+            logger.info("step %d/%d %s", step, self._total, shown)
+
+    def close(self) -> None:
+        """Ends the bar and flushes everything."""
+        if not self._write:
+            return
+        self._bar.close()
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a last line cut off by a crash is left out."""
+    path = Path(run_dir) / METRICS_FILE
+    if not path.is_file():
+        raise UserError(f"{run_dir} has no {METRICS_FILE}: is it the folder of a run?")
+    return _complete_lines(path.read_text())
+
+
+def _complete_lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _drop_after(file: Any, step: int) -> None:
+    """Cuts off the numbers of steps that will be taken again."""
+    file.seek(0)
+    kept = [line for line in _complete_lines(file.read()) if line["step"] <= step and step > 0]
+    file.truncate(0)
+    file.writelines(json.dumps(line) + "\n" for line in kept)
+    file.flush()
+
+
+def _summary(values: dict[str, Any]) -> str:
+    formats = {"train/loss": "loss {:.4f}", "train/grad_norm": "grad norm {:.2f}", "eval/loss": "held-out loss {:.4f}",
+               "eval/perplexity": "perplexity {:.2f}", "perf/tokens_per_second": "{:,.0f} tokens/s", "perf/mfu": "MFU {:.1%}"}
+    return ", ".join(text.format(values[name]) for name, text in formats.items() if name in values)
+
+
+def _start_wandb(config: Config) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("run.wandb_project needs Weights & Biases: pip install wandb") from error
+    return wandb.init(project=config.run.wandb_project, name=Path(config.run.dir).name, dir=config.run.dir)

@@ -1,0 +1,197 @@
+"""GPT-2 in Flax NNX, as Hugging Face's GPT2LMHeadModel computes it. Knows nothing of training.
+
+Blocks are stacked along a leading layer axis and scanned, so that the program's size does not grow with depth.
+Parameter names follow Hugging Face's, `h.attn.c_attn` and so on, with Flax's names for the leaves.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from biomedlm_jax.attention import causal_attention
+from biomedlm_jax.config import ModelConfig
+
+# A nested dictionary of arrays: parameters, or anything of their structure.
+Params = dict[str, Any]
+
+
+def _linear(config: ModelConfig, width_in: int, width_out: int, stddev: float, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(width_in, width_out, dtype=jnp.dtype(config.compute_dtype), rngs=rngs,
+                      kernel_init=nnx.initializers.normal(stddev))
+
+
+def _layer_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    # The fast variance, E[x^2] - E[x]^2, cancels where the residual stream's mean is large.
+    return nnx.LayerNorm(config.n_embd, epsilon=config.layer_norm_epsilon, dtype=jnp.dtype(config.compute_dtype),
+                         use_fast_variance=False, rngs=rngs)
+
+
+def _dropout(x: Float[Array, "*shape"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "*shape"]:
+    if rate == 0 or key is None:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+
+
+class Attention(nnx.Module):
+    """Causal multi-head self-attention with a packed query-key-value projection."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        width, stddev = config.n_embd, config.initializer_range
+        self.c_attn = _linear(config, width, 3 * width, stddev, rngs)
+        self.c_proj = _linear(config, width, width, stddev / math.sqrt(2 * config.n_layer), rngs)
+
+    def __call__(self, x: Float[Array, "batch seq embd"], layer: Int[Array, ""],
+                 mask: Bool[Array, "batch seq"] | None, key: Key[Array, ""] | None) -> Float[Array, "batch seq embd"]:
+        config = self.config
+        head_dim = config.n_embd // config.n_head
+        # https://huggingface.co/stanford-crfm/BioMedLM: scale_attn_by_inverse_layer_idx divides by i + 1.
+        scale = 1 / math.sqrt(head_dim)
+        if config.scale_attn_by_inverse_layer_idx:
+            scale = scale / (layer + 1).astype(jnp.float32)
+        qkv = self.c_attn(x).reshape(*x.shape[:2], 3 * config.n_head, head_dim)
+        out = causal_attention(qkv, scale, implementation=config.attention, mask=mask, dropout=config.attn_pdrop,
+                               dropout_key=key)
+        return self.c_proj(out.reshape(x.shape))
+
+
+class MLP(nnx.Module):
+    """Two projections around GELU's tanh approximation (Hugging Face's gelu_new)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        width, stddev = config.n_embd, config.initializer_range
+        self.c_fc = _linear(config, width, 4 * width, stddev, rngs)
+        self.c_proj = _linear(config, 4 * width, width, stddev / math.sqrt(2 * config.n_layer), rngs)
+
+    def __call__(self, x: Float[Array, "batch seq embd"]) -> Float[Array, "batch seq embd"]:
+        return self.c_proj(jax.nn.gelu(self.c_fc(x), approximate=True))
+
+
+class Block(nnx.Module):
+    """A pre-LayerNorm transformer block."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.resid_pdrop = config.resid_pdrop
+        self.ln_1 = _layer_norm(config, rngs)
+        self.attn = Attention(config, rngs)
+        self.ln_2 = _layer_norm(config, rngs)
+        self.mlp = MLP(config, rngs)
+
+    def __call__(self, x: Float[Array, "batch seq embd"], layer: Int[Array, ""],
+                 mask: Bool[Array, "batch seq"] | None, key: Key[Array, ""] | None) -> Float[Array, "batch seq embd"]:
+        attn_key, attn_out_key, mlp_out_key = (None,) * 3 if key is None else jax.random.split(key, 3)
+        x = x + _dropout(self.attn(self.ln_1(x), layer, mask, attn_key), self.resid_pdrop, attn_out_key)
+        return x + _dropout(self.mlp(self.ln_2(x)), self.resid_pdrop, mlp_out_key)
+
+
+# What the backward pass recomputes of a block; None saves everything.
+REMAT_POLICIES = {
+    "none": None,
+    "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class GPT2(nnx.Module):
+    """The language model: embeddings, scanned blocks, a last LayerNorm, and a head tied to the embedding."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        embedding = functools.partial(nnx.Embed, features=config.n_embd, dtype=jnp.dtype(config.compute_dtype),
+                                      embedding_init=nnx.initializers.normal(config.initializer_range), rngs=rngs)
+        self.wte = embedding(config.vocab_size)
+        self.wpe = embedding(config.n_positions)
+        self.h = nnx.vmap(lambda block_rngs: Block(config, block_rngs))(rngs.fork(split=config.n_layer))
+        self.ln_f = _layer_norm(config, rngs)
+
+    def hidden_states(
+        self,
+        tokens: Int[Array, "batch seq"],
+        *,
+        attention_mask: Bool[Array, "batch seq"] | None = None,
+        position_ids: Int[Array, "batch seq"] | None = None,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "batch seq embd"]:
+        """The residual stream after the last LayerNorm, in the compute type.
+
+        Args:
+          tokens: ids in [0, vocab_size).
+          attention_mask: true for tokens, false for padding, which is never attended to.
+          position_ids: where each token stands; 0, 1, 2, ... by default.
+          dropout_key: turns dropout on, at the configuration's rates.
+        """
+        config = self.config
+        positions = jnp.arange(tokens.shape[1]) if position_ids is None else position_ids
+        keys = None
+        x = self.wte(tokens) + self.wpe(positions)
+        if dropout_key is not None:
+            embd_key, blocks_key = jax.random.split(dropout_key)
+            x = _dropout(x, config.embd_pdrop, embd_key)
+            keys = jax.random.split(blocks_key, config.n_layer)
+        block_def, block_params = nnx.split(self.h)
+
+        def block(x: Array, inputs: tuple[Any, Array, Array | None]) -> tuple[Array, None]:
+            params, layer, key = inputs
+            return nnx.merge(block_def, params)(x, layer, attention_mask, key), None
+
+        policy = REMAT_POLICIES[config.remat]
+        if policy is not None:
+            # Inside a scan nothing can be merged across iterations, so its guard against that is not needed.
+            block = jax.checkpoint(block, policy=policy, prevent_cse=False)
+        inputs = (block_params, jnp.arange(config.n_layer), keys)
+        x, _ = jax.lax.scan(block, x, inputs, unroll=min(config.unroll, config.n_layer))
+        return self.ln_f(x)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch seq"],
+        *,
+        attention_mask: Bool[Array, "batch seq"] | None = None,
+        position_ids: Int[Array, "batch seq"] | None = None,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "batch seq vocab"]:
+        """Logits of the next token, float32; arguments as in `hidden_states`."""
+        hidden = self.hidden_states(tokens, attention_mask=attention_mask, position_ids=position_ids,
+                                    dropout_key=dropout_key)
+        return head_logits(hidden, self.wte.embedding[...])
+
+
+def head_logits(hidden: Float[Array, "*batch embd"], wte: Float[Array, "vocab embd"]) -> Float[Array, "*batch vocab"]:
+    """Logits from the tied head, accumulated in float32 from operands of `hidden`'s type."""
+    return jnp.einsum("...e,ve->...v", hidden, wte.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def init_params(config: ModelConfig, seed: int) -> Params:
+    """Initial float32 parameters, N(0, initializer_range) as GPT-2's; a pure function of its arguments."""
+    return to_params(GPT2(config, nnx.Rngs(seed)))
+
+
+def to_params(model: GPT2) -> Params:
+    """The model's parameters as a nested dictionary of arrays."""
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+@functools.cache
+def _graphdef(config: ModelConfig) -> nnx.GraphDef[GPT2]:
+    return nnx.graphdef(nnx.eval_shape(lambda: GPT2(config, nnx.Rngs(0))))
+
+
+def merge(config: ModelConfig, params: Params) -> GPT2:
+    """The model with these parameters; cheap, for use inside a traced function."""
+    return nnx.merge(_graphdef(config), params)
+
+
+def param_count(config: ModelConfig) -> int:
+    """Number of parameters, the head tied to the embedding: 2,594,247,680 for BioMedLM."""
+    d = config.n_embd
+    return config.n_layer * (12 * d * d + 13 * d) + (config.vocab_size + config.n_positions) * d + 2 * d
+
+
+def flops_per_token(config: ModelConfig) -> float:
+    """Training FLOPs a token by the usual 6 N + 12 L d T (PaLM, appendix B): 16.57e9 for BioMedLM."""
+    return 6 * param_count(config) + 12 * config.n_layer * config.n_embd * config.n_positions

@@ -1,0 +1,55 @@
+"""Decoupled AdamW and its schedule, as optax transformations."""
+
+import optax
+
+from biomedlm_jax.config import OptimizerConfig
+
+
+def cosine_with_warmup(peak_learning_rate: float, warmup_steps: int, total_steps: int,
+                       final_fraction: float) -> optax.Schedule:
+    """Linear warm-up from 0, then half a cosine to `final_fraction` of the peak at `total_steps`.
+
+    Composer's CosineAnnealingWithWarmupScheduler: the first step has rate 0 unless there is no warm-up.
+
+    Returns:
+      A function from completed steps to the learning rate.
+
+    Raises:
+      ValueError: `warmup_steps` is not in [0, total_steps).
+    """
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(f"warmup_steps must be in [0, total_steps): {warmup_steps} of {total_steps}")
+    decay = optax.cosine_decay_schedule(peak_learning_rate, total_steps - warmup_steps, alpha=final_fraction)
+    if warmup_steps == 0:
+        return decay
+    warmup = optax.linear_schedule(0.0, peak_learning_rate, warmup_steps)
+    return optax.join_schedules([warmup, decay], [warmup_steps])
+
+
+def decoupled_adamw(schedule: optax.ScalarOrSchedule, peak_learning_rate: float, b1: float = 0.9, b2: float = 0.95,
+                    eps: float = 1e-8, *, weight_decay: float) -> optax.GradientTransformation:
+    """Composer's DecoupledAdamW, which BioMedLM was trained with.
+
+    Each step removes the fraction `weight_decay * schedule(t) / peak_learning_rate` of every parameter, biases,
+    LayerNorm and embeddings too, and adds Adam's update: optax's AdamW with the decay divided by the peak rate.
+
+    Args:
+      schedule: learning rate by completed steps.
+      peak_learning_rate: the rate at which `weight_decay` holds; Composer's `initial_lr`.
+      weight_decay: fraction of a parameter removed per step at the peak rate.
+
+    Source: composer/optim/decoupled_weight_decay.py.
+    """
+    return optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay / peak_learning_rate)
+
+
+def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """The learning rate of a run by completed steps."""
+    return cosine_with_warmup(config.learning_rate, config.warmup_steps, total_steps, config.final_fraction)
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm, then Decoupled AdamW under the run's schedule."""
+    adamw = decoupled_adamw(make_schedule(config, total_steps), config.learning_rate, config.beta1, config.beta2,
+                            config.eps, weight_decay=config.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
