@@ -147,7 +147,9 @@ def restore_params(folder: Path, config: ModelConfig, shardings: Params | None =
 
 
 def _save_args(tree: Any) -> ocp.args.StandardSave:
-    return ocp.args.StandardSave(tree, save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree))
+    # Only stacks of kernels have three axes; Orbax would cut the largest axes, and each piece would hold all layers.
+    return ocp.args.StandardSave(tree, save_args=jax.tree.map(
+        lambda x: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if x.ndim == 3 else ()), tree))
 
 
 @contextlib.contextmanager

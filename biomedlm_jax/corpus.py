@@ -209,7 +209,7 @@ def _decompressed(raw: BinaryIO, head: bytes) -> Iterator[bytes]:
     """
     gzip = head.startswith(b"\x1f\x8b")
     zstd = head == b"\x28\xb5\x2f\xfd" or (head[1:] == b"\x2a\x4d\x18" and head[0] >> 4 == 5)
-    # The Pile's shards were written with windows beyond zstd's default limit.
+    # Large shards are often written with windows beyond the default limit of 128 MiB.
     frames = zstandard.ZstdDecompressor(max_window_size=2**31)
     decoder = None
     while data := raw.read(CHUNK_BYTES):

@@ -106,7 +106,7 @@ class GPT2(nnx.Module):
                                       embedding_init=nnx.initializers.normal(config.initializer_range), rngs=rngs)
         self.wte = embedding(config.vocab_size)
         self.wpe = embedding(config.n_positions)
-        self.h = nnx.vmap(lambda block_rngs: Block(config, block_rngs))(rngs.fork(split=config.n_layer))
+        self.h = nnx.vmap(lambda block_rngs: Block(config, block_rngs))(rngs.split(config.n_layer))
         self.ln_f = _layer_norm(config, rngs)
 
     def hidden_states(

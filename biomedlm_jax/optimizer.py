@@ -1,6 +1,8 @@
 """Decoupled AdamW and its schedule, as optax transformations."""
 
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, ArrayLike
 
 from biomedlm_jax.config import OptimizerConfig
 
@@ -19,11 +21,15 @@ def cosine_with_warmup(peak_learning_rate: float, warmup_steps: int, total_steps
     """
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(f"warmup_steps must be in [0, total_steps): {warmup_steps} of {total_steps}")
-    decay = optax.cosine_decay_schedule(peak_learning_rate, total_steps - warmup_steps, alpha=final_fraction)
-    if warmup_steps == 0:
-        return decay
-    warmup = optax.linear_schedule(0.0, peak_learning_rate, warmup_steps)
-    return optax.join_schedules([warmup, decay], [warmup_steps])
+
+    def schedule(step: ArrayLike) -> Array:
+        # optax's own schedules round to float32 even where float64 is on.
+        step = jnp.asarray(step).astype(float)
+        progress = jnp.clip((step - warmup_steps) / (total_steps - warmup_steps), 0, 1)
+        cosine = final_fraction + (1 - final_fraction) * (1 + jnp.cos(jnp.pi * progress)) / 2
+        return peak_learning_rate * jnp.where(step < warmup_steps, step / max(warmup_steps, 1), cosine)
+
+    return schedule
 
 
 def decoupled_adamw(schedule: optax.ScalarOrSchedule, peak_learning_rate: float, b1: float = 0.9, b2: float = 0.95,

@@ -177,7 +177,6 @@ def _two_groups(draw: Draw, verdict: str) -> dict[str, Any]:
 # --- The kinds of document ---------------------------------------------------------------------------------------
 # Each draws its values and names the slots of its sentences, title first. Sentences must tell every value drawn.
 
-
 # The words of a change: one set of templates serves both directions.
 UP = {"rose": "rose", "raises": "raises", "raised": "raised", "increase": "increase", "increased": "increased",
       "higher": "higher", "activates": "activates", "activation": "activation"}
@@ -222,8 +221,8 @@ def _mechanism(draw: Draw, world: KnowledgeBase) -> Filling:
     values = {"drug": drug.name, "action": drug.action, "target": drug.target.symbol, "pathway": drug.target.pathway,
               "disease": drug.indication.name, "tissue": drug.target.tissue, "change": change, "before": before,
               "after": before + sign * before * change // 100, "other": _other(draw, world.genes, drug.target).symbol,
-              "dose": draw.choice((1, 2, 5, 10, 20, 50)), "hours": draw.choice((6, 12, 24, 48)), "treated": treated, "control": control,
-              "mice": treated + control, **words}
+              "dose": draw.choice((1, 2, 5, 10, 20, 50)), "hours": draw.choice((6, 12, 24, 48)), "treated": treated,
+              "control": control, "mice": treated + control, **words}
     return ["cell.title", "cell.background", "cell.aim", "cell.methods", "cell.result", "cell.specificity",
             "cell.mice", "cell.severity", "cell.conclusion"], values
 
@@ -477,9 +476,9 @@ We [describe|report on|present] a {age}-year-old {patient} whose {disease} was [
 
 def _variants(template: str) -> list[str]:
     """Every way to choose: "[a|b] {x}" -> "a {x}", "b {x}"."""
-    parts = [part.split("|") if odd else [part] for odd, part in zip(itertools.cycle((False, True)),
-                                                                     re.split(r"\[(.*?)\]", template), strict=False)]
-    return ["".join(choice) for choice in itertools.product(*parts)]
+    parts = re.split(r"\[(.*?)\]", template)  # what stands between brackets is at the odd places
+    options = [part.split("|") if place % 2 else [part] for place, part in enumerate(parts)]
+    return ["".join(choice) for choice in itertools.product(*options)]
 
 
 def _parse(templates: str) -> dict[str, list[str]]:

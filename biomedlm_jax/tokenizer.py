@@ -32,8 +32,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 # Parts of a text that SentencePiece may encode one by one: no piece holds a space after its first character, so that
 # none reaches over a part's end, and short parts are four times as fast as a whole book.
 _PARTS = re.compile(f"{_SPACE}|[^{_SPACE}]{{1,2000}}[^{_SPACE} ]*")
-# Training drops a sentence that holds NUL or U+2585, and must not learn the end of text as a word.
-_SENTENCE_ENDS = re.compile(f"[\n\0\u2585{_SPACE}]|{re.escape(EOS)}")
+# Training drops a sentence that holds NUL or U+2585.
+_SENTENCE_ENDS = re.compile(f"[\n\0\u2585{_SPACE}]")
 
 
 class Tokenizer(ABC):
@@ -60,7 +60,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; special tokens have none. Bytes that are no UTF-8 become U+FFFD."""
+        """The text of `ids`; special tokens have none. Bytes that are no UTF-8 become U+FFFD.
+
+        Only there, in what a model makes up, can Hugging Face's text differ: SentencePiece loses fewer bytes.
+        """
 
     @abstractmethod
     def piece(self, token: int) -> str:
@@ -83,7 +86,7 @@ class Tokenizer(ABC):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """SentencePiece BPE with byte fallback, as `train_tokenizer` makes it."""
+    """SentencePiece BPE with byte fallback, as `train_tokenizer` makes it: <unk>, bytes, pieces, `<|endoftext|>`."""
 
     def __init__(self, model: bytes):
         """Raises: UserError: `model` is not of `train_tokenizer`."""
@@ -103,6 +106,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._space_bytes = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text; the threads share the parts of all texts."""
         split = [_PARTS.findall(_valid(text)) for text in texts]
         encoded = iter(self._processor.encode(list(chain.from_iterable(split))))
         # zip asks for a part first, so that it takes no text's ids too many.
@@ -110,9 +114,11 @@ class SentencePieceTokenizer(Tokenizer):
                                          for part, ids in zip(parts, encoded, strict=False))) for parts in split]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, without special tokens."""
         return self._processor.decode([int(token) for token in ids])
 
     def piece(self, token: int) -> str:
+        """SentencePiece's way to write a token: U+2581 is a space, <0x0A> a byte."""
         return self._processor.id_to_piece(int(token))
 
     def hugging_face(self) -> tokenizers.Tokenizer:
@@ -155,7 +161,8 @@ class ByteLevelTokenizer(Tokenizer):
         import tokenizers
 
         words = _token_ids(vocab, "vocab.json")
-        self._special = {EOS: words.get(EOS, len({**words, **added})), **added}
+        special = {EOS: words.get(EOS, len({**words, **added})), **added}
+        self._special = {name: special[name] for name in sorted(special, key=special.__getitem__)}
         super().__init__({"vocab.json": vocab, "merges.txt": merges, "added_tokens.json": _json_bytes(self._special)})
         ids = {**words, **self._special}
         self.vocab_size, self.eos_id = len(ids), self._special[EOS]
@@ -176,22 +183,26 @@ class ByteLevelTokenizer(Tokenizer):
         self._backend.decoder = tokenizers.decoders.ByteLevel()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, in threads."""
         return [encoding.ids for encoding in self._backend.encode_batch_fast([_valid(text) for text in texts])]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, without special tokens."""
         special = self._special.values()
         return self._backend.decode([int(token) for token in ids if token not in special])
 
     def piece(self, token: int) -> str:
+        """GPT-2's way to write a token: each character stands for a byte, `Ġ` for a space."""
         special = {number: name for name, number in self._special.items()}
-        return special.get(token) or str(self._backend.id_to_token(token))
+        return special.get(token) or self._backend.id_to_token(token) or ""
 
     def hugging_face(self) -> tokenizers.Tokenizer:
+        """The same model, which also knows its special tokens."""
         import tokenizers
 
         # A copy: the one that encodes must not know special tokens, or it would find them in texts.
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
-        backend.add_special_tokens(sorted(self._special, key=self._special.__getitem__))
+        backend.add_special_tokens(list(self._special))
         return backend
 
 
@@ -417,6 +428,7 @@ def _export(args: argparse.Namespace) -> None:
             load_tokenizer(args.output).fingerprint != tokenizer.fingerprint):
         raise UserError(f"{args.output} already holds another tokenizer; choose another --output, or remove it")
     export_tokenizer(tokenizer, args.output, model_max_length=args.model_max_length)
+    print(f"{args.output}: {tokenizer.vocab_size} tokens, for AutoTokenizer.from_pretrained")
 
 
 def main() -> None:

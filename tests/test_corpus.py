@@ -165,7 +165,7 @@ def test_a_truncated_archive_is_named(tmp_path, archive):
     data = ARCHIVES[archive]
     # Between two members nothing is missing that a reader could know of.
     joints = {len(gzip.compress(LINES[:5000])), len(zstd(LINES[:5000])), len(zstd(LINES[:5000]) + zstd(b""))}
-    cuts = {0, 4, 5, 10, 18, len(data) // 3, len(data) // 2, *range(len(data) - 12, len(data)), *range(4, len(data), 97)}
+    cuts = {0, *range(4, 20), *range(4, len(data), 97), *range(len(data) - 12, len(data))}
     for cut in sorted(cuts - joints):
         with pytest.raises(UserError, match="shard.zst"):
             read(tmp_path / "shard.zst", data[:cut])

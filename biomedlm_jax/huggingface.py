@@ -1,0 +1,398 @@
+"""Hugging Face GPT-2 folders, both ways: read without running anything in them, written tensor by tensor.
+
+`TENSORS` pairs each parameter here with its tensors there. GPT-2's Conv1D stores (in, out) as Flax does, so nothing
+is transposed. What an import could not represent, it remembers in the run's folder for the next export:
+
+    RUN/huggingface/config.json              as it was read; an export changes only what the run changed
+    RUN/huggingface/generation_config.json   if there was one
+"""
+
+import contextlib
+import dataclasses
+import math
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorstore
+from absl import logging
+from flax import traverse_util
+from tqdm import tqdm
+
+from biomedlm_jax import checkpoint, model, tokenizer, weights
+from biomedlm_jax.config import Config, ModelConfig, load_config, save_config
+from biomedlm_jax.errors import UserError
+from biomedlm_jax.model import Params
+from biomedlm_jax.weights import Dtype, Entry, Format
+
+# Parameter path -> tensor name; {} is the layer, the first axis of a parameter in `h`. In the order of a state_dict.
+TENSORS = {
+    "wte/embedding": "wte.weight",
+    "wpe/embedding": "wpe.weight",
+    "h/ln_1/scale": "h.{}.ln_1.weight",
+    "h/ln_1/bias": "h.{}.ln_1.bias",
+    "h/attn/c_attn/kernel": "h.{}.attn.c_attn.weight",
+    "h/attn/c_attn/bias": "h.{}.attn.c_attn.bias",
+    "h/attn/c_proj/kernel": "h.{}.attn.c_proj.weight",
+    "h/attn/c_proj/bias": "h.{}.attn.c_proj.bias",
+    "h/ln_2/scale": "h.{}.ln_2.weight",
+    "h/ln_2/bias": "h.{}.ln_2.bias",
+    "h/mlp/c_fc/kernel": "h.{}.mlp.c_fc.weight",
+    "h/mlp/c_fc/bias": "h.{}.mlp.c_fc.bias",
+    "h/mlp/c_proj/kernel": "h.{}.mlp.c_proj.weight",
+    "h/mlp/c_proj/bias": "h.{}.mlp.c_proj.bias",
+    "ln_f/scale": "ln_f.weight",
+    "ln_f/bias": "ln_f.bias",
+}
+# GPT2LMHeadModel's names have the prefix; GPT2Model's, and the original gpt2 files', do not.
+PREFIX = "transformer."
+HEAD = "lm_head.weight"
+# The causal mask, which older transformers saved as buffers of every layer.
+_IGNORED = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+
+# Every field of transformers' GPT2Config and its default, which is what a missing field means.
+_GPT2_CONFIG: dict[str, Any] = {
+    "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
+    "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": None,
+    "embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1, "layer_norm_epsilon": 1e-5, "initializer_range": 0.02,
+    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
+    "add_cross_attention": False, "tie_word_embeddings": True, "use_cache": True,
+    "summary_type": "cls_index", "summary_use_proj": True, "summary_activation": None, "summary_proj_to_labels": True,
+    "summary_first_dropout": 0.1, "bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": None,
+}
+# Those that are settings of the model here, under the same names.
+_MODEL_FIELDS = [field.name for field in dataclasses.fields(ModelConfig) if field.name in _GPT2_CONFIG]
+# Those that this model has only one value of. reorder_and_upcast_attn is free: it orders the same computation
+# otherwise, in float32, which is what we do anyway.
+_FIXED_FIELDS: dict[str, tuple[Any, ...]] = {
+    "model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
+    "scale_attn_weights": (True,), "add_cross_attention": (False,), "tie_word_embeddings": (True,),
+}
+
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_MEMORY_FOLDER = "huggingface"
+_REMEMBERED = ("config.json", "generation_config.json")
+_DTYPES = ("float32", "bfloat16", "float16")
+_PROBLEMS_SHOWN = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor there, and the parameter, or the layer of one, that it is here."""
+
+    name: str
+    path: str
+    layer: int | None
+    shape: tuple[int, ...]
+
+    def of(self, arrays: dict[str, Any]) -> Any:
+        """Its part of the stacked arrays, by path."""
+        return arrays[self.path] if self.layer is None else arrays[self.path][self.layer]
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """What an export wrote: bytes of tensors, and the files that hold them."""
+
+    total_bytes: int
+    files: list[Path]
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter by path, layers stacked; in the order of `TENSORS`."""
+    abstract = jax.eval_shape(lambda: model.init_params(config, 0))
+    flat = traverse_util.flatten_dict(abstract, sep="/")
+    return {path: flat[path].shape for path in TENSORS}
+
+
+def tensors(config: ModelConfig) -> list[Tensor]:
+    """The model's tensors in the order of GPT2Model's state_dict, with names that have no prefix."""
+    shapes = parameter_shapes(config)
+    whole = [Tensor(TENSORS[path], path, None, shape) for path, shape in shapes.items() if not path.startswith("h/")]
+    layers = [Tensor(TENSORS[path].format(layer), path, layer, shape[1:])
+              for layer in range(config.n_layer) for path, shape in shapes.items() if path.startswith("h/")]
+    return whole[:2] + layers + whole[2:]
+
+
+# ---------------------------------------------------------------------------------------------------- configuration
+
+
+def read_config(directory: str | Path) -> ModelConfig:
+    """The model of a folder's config.json.
+
+    Its activations get the type that it was saved in (float16 gets bfloat16, which does not overflow); other settings
+    of execution keep their defaults.
+
+    Raises:
+      UserError: config.json is missing or broken, or asks for what this model does not compute; lists all of it.
+    """
+    raw = weights.read_json(Path(directory) / "config.json")
+    fields = {**_GPT2_CONFIG, **raw}
+    problems = [f"{name} is {fields[name]!r}, and this model has {' or '.join(map(repr, allowed))} only"
+                for name, allowed in _FIXED_FIELDS.items() if fields[name] not in allowed]
+    for name in _MODEL_FIELDS:
+        kinds = (int, float) if isinstance(_GPT2_CONFIG[name], float) else (type(_GPT2_CONFIG[name]),)
+        if type(fields[name]) not in kinds:
+            problems.append(f"{name} is {fields[name]!r}, and not a value of type {kinds[-1].__name__}")
+    if not problems and fields["n_inner"] not in (None, 4 * fields["n_embd"]):
+        problems.append(f"n_inner is {fields['n_inner']}, and this model has 4 x n_embd only")
+    if problems:
+        raise UserError(f"{directory}/config.json describes a model that cannot be converted: {'; '.join(problems)}")
+    saved_in = fields.get("dtype", fields.get("torch_dtype"))
+    try:
+        return ModelConfig(**{name: fields[name] for name in _MODEL_FIELDS},
+                           compute_dtype="bfloat16" if saved_in in ("bfloat16", "float16") else "float32")
+    except UserError as error:
+        raise UserError(f"{directory}/config.json: {error}") from error
+
+
+def _write_configs(run_dir: Path, output: Path, config: ModelConfig, dtype: Dtype) -> None:
+    """config.json and generation_config.json: what an import remembered, or new ones with the tokenizer's ids."""
+    memory = run_dir / _MEMORY_FOLDER
+    has_tokenizer = (run_dir / checkpoint.TOKENIZER_FOLDER).is_dir()
+    eos_id = tokenizer.load_tokenizer(run_dir / checkpoint.TOKENIZER_FOLDER).eos_id if has_tokenizer else None
+    if (memory / "config.json").is_file():
+        fields = weights.read_json(memory / "config.json")
+        eos_id = fields.get("eos_token_id") if eos_id is None else eos_id
+    else:
+        fields = {**_GPT2_CONFIG, **dict.fromkeys(_SPECIAL_IDS, eos_id), "dtype": dtype}
+    # A field that means what it meant stays as it was written, or absent.
+    fields |= {name: getattr(config, name) for name in _MODEL_FIELDS
+               if fields.get(name, _GPT2_CONFIG[name]) != getattr(config, name)}
+    fields |= {name: dtype for name in ("dtype", "torch_dtype") if name in fields}
+    weights.write_json(output / "config.json", fields)
+    if (memory / "generation_config.json").is_file():
+        shutil.copyfile(memory / "generation_config.json", output / "generation_config.json")
+    else:
+        # Generation stops at the end of text, and batches are padded with it.
+        weights.write_json(output / "generation_config.json", dict.fromkeys(_SPECIAL_IDS, eos_id))
+
+
+# ----------------------------------------------------------------------------------------------------- reading a folder
+
+
+def load_params(directory: str | Path) -> tuple[ModelConfig, Params]:
+    """The model in a folder: config.json and model.safetensors or pytorch_model.bin, whole or in shards.
+
+    Tensors are read one at a time into stacked float32 arrays. No pickle is executed.
+
+    Raises:
+      UserError: see `read_config`; files are damaged; tensors are missing, unknown, or of other shapes or types than
+        the configuration's; lists all of them.
+    """
+    directory = Path(directory)
+    config, entries = _checked_entries(directory)
+    flat = {path: np.empty(shape, np.float32) for path, shape in parameter_shapes(config).items()}
+    for tensor, value in _read_entries(directory, config, entries):
+        tensor.of(flat)[...] = value
+    return config, traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _checked_entries(directory: Path) -> tuple[ModelConfig, dict[str, Entry]]:
+    config = read_config(directory)
+    entries, problems = _strip_prefix(weights.read_entries(directory))
+    _check(directory, entries, tensors(config), problems)
+    return config, entries
+
+
+def _read_entries(directory: Path, config: ModelConfig, entries: dict[str, Entry]
+                  ) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """Every tensor of the model, in float32; says so if there is another head beside them."""
+    expected = tensors(config)
+    with _progress(f"reading {directory}", sum(math.prod(tensor.shape) * 4 for tensor in expected)) as progress:
+        for tensor in expected:
+            yield tensor, entries[tensor.name].read().astype(np.float32, copy=False)
+            progress.update(math.prod(tensor.shape) * 4)
+    if HEAD in entries:
+        _compare_head(directory, entries[HEAD].read(), entries["wte.weight"].read())
+
+
+def _check(directory: Path, entries: dict[str, Entry], expected: list[Tensor], problems: list[str]) -> None:
+    """Raises UserError: lists what `entries` lack, and what they should not hold."""
+    shapes = {tensor.name: tensor.shape for tensor in expected}
+    problems += [f"{name} is missing" for name in shapes if name not in entries]
+    shapes[HEAD] = shapes["wte.weight"]
+    for name, entry in entries.items():
+        if _IGNORED.fullmatch(name):
+            continue
+        if name not in shapes:
+            problems.append(f"{name} is no tensor of this model")
+        elif entry.shape != shapes[name]:
+            problems.append(f"{name} has shape {entry.shape}, not {shapes[name]}")
+        elif entry.dtype not in _DTYPES:
+            problems.append(f"{name} has type {entry.dtype}, not {', '.join(_DTYPES)}")
+    if problems:
+        more = [f"... and {len(problems) - _PROBLEMS_SHOWN} more"] if len(problems) > _PROBLEMS_SHOWN else []
+        raise UserError("\n  ".join([f"the tensors in {directory} are not those of its config.json:",
+                                     *problems[:_PROBLEMS_SHOWN], *more]))
+
+
+def _strip_prefix(named: Iterable[tuple[str, Entry]]) -> tuple[dict[str, Entry], list[str]]:
+    entries: dict[str, Entry] = {}
+    problems: list[str] = []
+    for name, entry in named:
+        if (bare := name.removeprefix(PREFIX)) in entries:
+            problems.append(f"{bare} is there twice")
+        entries[bare] = entry
+    return entries, problems
+
+
+def _compare_head(directory: Path, head: np.ndarray, wte: np.ndarray) -> None:
+    difference = np.abs(head.astype(np.float32) - wte.astype(np.float32))
+    # `not ==`, so that NaNs count as different.
+    if rows := int((~(difference == 0)).any(axis=1).sum()):
+        logging.warning("%s: %s differs from %swte.weight in %d of %d rows, by up to %g; it is left out and the "
+                        "embedding is used, as Hugging Face does when it ties the two",
+                        directory, HEAD, PREFIX, rows, len(wte), difference.max())
+
+
+# ------------------------------------------------------------------------------------------------- between the two
+
+
+def import_model(directory: str | Path, run_dir: str | Path) -> ModelConfig:
+    """Makes the folder of a run, at step 0 and without an optimizer's state, from a Hugging Face folder.
+
+    One tensor is in memory at a time.
+
+    Raises:
+      UserError: `run_dir` is not empty; see `load_params`.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"{directory} is no folder; download a model first: hf download OWNER/NAME --local-dir DIR")
+    with _complete_folder(run_dir) as folder:
+        config, entries = _checked_entries(directory)
+        arrays = create_checkpoint(folder, config)
+        for tensor, value in _read_entries(directory, config, entries):
+            tensor.of(arrays).write(value).result()
+        save_config(Config(model=config), folder / checkpoint.CONFIG_FILE)
+        try:
+            tokenizer.load_tokenizer(directory).save(folder / checkpoint.TOKENIZER_FOLDER)
+        except UserError as error:
+            logging.warning("the model is converted WITHOUT A TOKENIZER, and can read token ids only: %s", error)
+        (folder / _MEMORY_FOLDER).mkdir()
+        for name in _REMEMBERED:
+            if (directory / name).is_file():
+                shutil.copyfile(directory / name, folder / _MEMORY_FOLDER / name)
+    return config
+
+
+def export(run_dir: str | Path, output: str | Path, *, step: int | None = None, dtype: Dtype = "float32",
+           format: Format = "safetensors", max_shard_bytes: float = 5e9) -> Export:
+    """Writes a run's checkpoint as a folder that `transformers.AutoModelForCausalLM` and `AutoTokenizer` load.
+
+    As transformers writes them: safetensors hold no `lm_head.weight`, which is tied; pytorch_model.bin holds it as
+    another name of the embedding. One tensor is in memory at a time; PyTorch's format takes a shard.
+
+    Args:
+      run_dir: folder of a run.
+      output: folder to make; must not exist, or be empty.
+      step: the checkpoint, by default the newest.
+      dtype: type of the tensors.
+      format: model.safetensors or pytorch_model.bin.
+      max_shard_bytes: weights beyond it are split into several files, with an index.
+
+    Raises:
+      UserError: there is no such run or step; `output` is not empty; a value is too large for `dtype`.
+    """
+    run_dir, step = Path(run_dir), checkpoint.find_step(run_dir, step)
+    config = load_config(run_dir / checkpoint.CONFIG_FILE).model
+    arrays = _open_checkpoint(checkpoint.checkpoint_folder(run_dir) / str(step) / "params", config)
+    all_tensors = tensors(config)
+    named = [(PREFIX + tensor.name, tensor.shape) for tensor in all_tensors]
+    size = sum(math.prod(tensor.shape) for tensor in all_tensors) * jnp.dtype(dtype).itemsize
+    with _complete_folder(output) as folder, _progress(f"writing {output}", size) as progress:
+        values = _read_all(all_tensors, arrays, dtype, progress)
+        files = weights.write_shards(folder, named, values, dtype=dtype, format=format, max_shard_bytes=max_shard_bytes,
+                                     aliases={HEAD: PREFIX + "wte.weight"})
+        _write_configs(run_dir, folder, config, dtype)
+        if (run_dir / checkpoint.TOKENIZER_FOLDER).is_dir():
+            tokenizer.export_tokenizer(tokenizer.load_tokenizer(run_dir / checkpoint.TOKENIZER_FOLDER), folder,
+                                       model_max_length=config.n_positions)
+        else:
+            logging.warning("%s has no tokenizer, and neither has what is exported", run_dir)
+    return Export(size, [Path(output) / name for name in files])
+
+
+def create_checkpoint(run_dir: Path, config: ModelConfig) -> dict[str, tensorstore.TensorStore]:
+    """A checkpoint of step 0 without values, to write layer by layer: its parameters by path, float32.
+
+    Orbax saves whole trees only, and takes three times their memory. So it saves one of the same structure with a
+    single number in each array, and the arrays are then made anew in their true shapes.
+    """
+    shapes = parameter_shapes(config)
+    seeds = {path: np.zeros([1] * len(shape), np.float32) for path, shape in shapes.items()}
+    checkpoint.save_params(run_dir, 0, traverse_util.unflatten_dict(seeds, sep="/"))
+    arrays = {}
+    for path, seed in _open_arrays(checkpoint.checkpoint_folder(run_dir) / "0" / "params").items():
+        shape = shapes[path]
+        spec = {"driver": seed.spec().to_json()["driver"], "kvstore": seed.kvstore.spec().to_json(),
+                # Otherwise zeros would be left out, which Orbax takes for damage.
+                "store_data_equal_to_fill_value": True}
+        chunk = tensorstore.ChunkLayout(write_chunk_shape=(1, *shape[1:]) if path.startswith("h/") else shape)
+        arrays[path] = tensorstore.open(spec, create=True, delete_existing=True, shape=shape, dtype=seed.dtype,
+                                        codec=seed.codec, chunk_layout=chunk).result()
+    return arrays
+
+
+def _open_arrays(folder: Path) -> dict[str, tensorstore.TensorStore]:
+    """The parameters that Orbax saved, by path, not read yet: it stores each as an array of an OCDBT database."""
+    base = {"driver": "file", "path": f"{folder}/"}
+    try:
+        return {path: tensorstore.open(
+                    {"driver": "auto", "kvstore": {"driver": "ocdbt", "base": base, "path": path.replace("/", ".") + "/"}}
+                ).result() for path in TENSORS}
+    except ValueError as error:
+        raise UserError(f"cannot read the checkpoint {folder}: {str(error).splitlines()[0]}; an older step may be whole"
+                        ) from error
+
+
+def _open_checkpoint(folder: Path, config: ModelConfig) -> dict[str, tensorstore.TensorStore]:
+    arrays = _open_arrays(folder)
+    for path, shape in parameter_shapes(config).items():
+        if arrays[path].shape != shape:
+            raise UserError(f"{folder}: {path} has shape {arrays[path].shape}, not the configuration's {shape}")
+    return arrays
+
+
+def _read_all(all_tensors: list[Tensor], arrays: dict[str, tensorstore.TensorStore], dtype: Dtype,
+              progress: tqdm) -> Iterator[np.ndarray]:
+    for tensor in all_tensors:
+        value = tensor.of(arrays).read().result()
+        with np.errstate(over="ignore"):
+            cast = value.astype(jnp.dtype(dtype))
+        if not np.array_equal(np.isfinite(cast), np.isfinite(value)):
+            raise UserError(f"{PREFIX}{tensor.name} has values up to {np.nanmax(np.abs(value)):g}, beyond the range of "
+                            f"{dtype}: export another type")
+        progress.update(cast.nbytes)
+        yield cast
+
+
+@contextlib.contextmanager
+def _complete_folder(output: str | Path) -> Iterator[Path]:
+    """A folder to write to, which becomes `output` at the end: what is there is complete.
+
+    What a killed process leaves is named OUTPUT.partial, and is removed by the next try.
+    """
+    output = Path(output)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UserError(f"{output} already exists and is not empty; choose another --output, or remove it")
+    partial = output.absolute().with_name(f"{output.absolute().name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.replace(output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _progress(description: str, total_bytes: int) -> tqdm:
+    """A bar on standard error if that is a terminal."""
+    return tqdm(desc=description, total=total_bytes, unit="B", unit_scale=True, disable=None, leave=False, delay=1)

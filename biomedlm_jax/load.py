@@ -1,0 +1,135 @@
+"""A model to call from Python, from a run's folder or a Hugging Face folder."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax import traverse_util
+from jaxtyping import Array, Bool, Float, Int
+
+from biomedlm_jax import checkpoint, huggingface
+from biomedlm_jax import model as model_lib
+from biomedlm_jax import tokenizer as tokenizer_lib
+from biomedlm_jax.config import ModelConfig, load_config
+from biomedlm_jax.errors import UserError
+from biomedlm_jax.model import Params
+
+
+class LanguageModel:
+    """A causal language model: token ids to the logits of the next token.
+
+    Attributes:
+      config: the model's configuration.
+      params: its float32 parameters, as `model.init_params` nests them.
+    """
+
+    def __init__(self, config: ModelConfig, params: Params, tokenizer_dir: Path):
+        self.config = config
+        self.params = params
+        self._tokenizer_dir = tokenizer_dir
+
+    @functools.cached_property
+    def tokenizer(self) -> tokenizer_lib.Tokenizer | None:
+        """The tokenizer beside the model; None if there is none.
+
+        Raises:
+          UserError: its files are broken.
+        """
+        names = ("tokenizer.model", "vocab.json")
+        if not any((self._tokenizer_dir / name).exists() for name in names):
+            return None
+        return tokenizer_lib.load_tokenizer(self._tokenizer_dir)
+
+    def __call__(self, tokens: Any, attention_mask: Any = None, position_ids: Any = None
+                 ) -> Float[Array, "batch seq vocab"]:
+        """Logits in float32, without dropout; compiled once for each shape.
+
+        Args:
+          tokens: ids in [0, vocab_size), [batch, seq]: an array of any library, or lists of lists.
+          attention_mask: 1 or true for tokens, 0 or false for padding, [batch, seq]; padding is never attended to, and
+            its own logits mean nothing.
+          position_ids: where each token stands, [batch, seq]; by default 0, 1, 2, ..., whatever the mask, as in
+            transformers' forward.
+
+        Raises:
+          UserError: shapes, types or values that the model cannot take. JAX alone would compute nonsense from an id
+            out of range.
+        """
+        config = self.config
+        ids = _integers("tokens", tokens, config.vocab_size, "vocabulary", None)
+        if ids.shape[1] > config.n_positions:
+            raise UserError(f"tokens: {ids.shape[1]} in a row, and the model reads up to {config.n_positions}; "
+                            "shorten the rows or split them")
+        mask = positions = None
+        if attention_mask is not None:
+            mask = _integers("attention_mask", attention_mask, 2, "mask", ids.shape).astype(bool)
+            # Without a mask faster kernels can serve.
+            mask = None if mask.all() else mask
+        if position_ids is not None:
+            positions = _integers("position_ids", position_ids, config.n_positions, "model's positions", ids.shape)
+        return _logits(config, self.params, ids, mask, positions)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config: ModelConfig, params: Params, tokens: Int[Array, "batch seq"],
+            mask: Bool[Array, "batch seq"] | None, positions: Int[Array, "batch seq"] | None
+            ) -> Float[Array, "batch seq vocab"]:
+    return model_lib.merge(config, params)(tokens, attention_mask=mask, position_ids=positions)
+
+
+def _integers(name: str, values: Any, limit: int, what: str, shape: tuple[int, ...] | None) -> np.ndarray:
+    """`values` as int32 [batch, seq] in [0, limit), of `shape` if that is given."""
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise UserError(f"{name}: rows of different lengths; pad them, and pass attention_mask") from error
+    if array.ndim != 2 or not array.size:
+        raise UserError(f"{name} must have the shape [batch, seq], not {list(array.shape)}; for one row pass [row]")
+    if shape is not None and array.shape != shape:
+        raise UserError(f"{name} has shape {list(array.shape)}, and tokens have {list(shape)}")
+    if not (np.issubdtype(array.dtype, np.integer) or (array.dtype == bool and limit == 2)):
+        raise UserError(f"{name} must be integers, not {array.dtype}")
+    if array.min() < 0 or array.max() >= limit:
+        wrong = array[(array < 0) | (array >= limit)][0]
+        raise UserError(f"{name}: {wrong} is out of the {what}, 0 to {limit - 1}")
+    return array.astype(np.int32)
+
+
+def load_model(path: str | Path, step: int | None = None, *,
+               compute_dtype: Literal["float32", "bfloat16"] | None = None) -> LanguageModel:
+    """The model of a run's folder, or of a Hugging Face GPT-2 folder.
+
+    Args:
+      path: the folder.
+      step: which checkpoint of a run, by default the newest.
+      compute_dtype: type of activations, 'float32' or 'bfloat16'; by default the configuration's, or the type that a
+        Hugging Face folder was saved in.
+
+    Raises:
+      UserError: the folder is neither, or is damaged; see `checkpoint.find_step` and `huggingface.load_params`.
+    """
+    path = Path(path)
+    if compute_dtype not in (None, "float32", "bfloat16"):
+        raise UserError(f"compute_dtype must be float32 or bfloat16, not {compute_dtype}")
+    if (path / checkpoint.CONFIG_FILE).is_file():
+        config = load_config(path / checkpoint.CONFIG_FILE).model
+        params = checkpoint.load_params(path, step)
+        tokenizer_dir = path / checkpoint.TOKENIZER_FOLDER
+    elif (path / "config.json").is_file():
+        if step is not None:
+            raise UserError(f"{path} is a Hugging Face folder, which has no steps")
+        config, host_params = huggingface.load_params(path)
+        flat = traverse_util.flatten_dict(host_params, sep="/")
+        del host_params
+        # One at a time, so that the model is never in memory twice.
+        params = traverse_util.unflatten_dict({name: jax.device_put(flat.pop(name)) for name in list(flat)}, sep="/")
+        tokenizer_dir = path
+    else:
+        raise UserError(f"{path} is neither the folder of a run (it has no {checkpoint.CONFIG_FILE}) nor a Hugging "
+                        "Face folder (it has no config.json)")
+    if compute_dtype is not None:
+        config = dataclasses.replace(config, compute_dtype=compute_dtype)
+    return LanguageModel(config, params, tokenizer_dir)

@@ -1,0 +1,27 @@
+"""All tests run on eight CPU devices, as a small pod would."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+# Sample data that developers have beside the checkout; tests that read it are skipped without it.
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Folder of real samples in the formats that users have."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip("the sample data are not beside this checkout")
+    return SHARED / "data"
+
+
+@pytest.fixture
+def subprocess_env() -> dict[str, str]:
+    """Environment of a command run as a user would: its own settings, one device."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
