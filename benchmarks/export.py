@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--output", default="benchmarks/results/export_cpu.json", help="JSON file to write")
     parser.add_argument("--scratch", default=None, help="folder for the models; by default the temporary one")
     parser.add_argument("--layers", type=int, default=GPT2["n_layer"], help="fewer make a smaller model")
-    parser.add_argument("--with-import", action="store_true", help="also import what was exported: 11 GB more of disk")
+    parser.add_argument("--with-import", action="store_true", help="also import what was exported")
     parser.add_argument("--stage", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.stage:

@@ -51,12 +51,13 @@ class Checkpointer:
         """Starts to save the state of its step, and returns once the state may be changed.
 
         Raises:
-          Exception: what an earlier save failed with in the background; its checkpoint does not exist.
+          UserError: this save, or an earlier one in the background, failed; what was complete before stays.
         """
-        self._manager.check_for_errors()
-        self._manager.save(int(state.step), args=ocp.args.Composite(
-            params=_save_args(state.params), optimizer=_save_args(state.opt_state),
-            metadata=ocp.args.JsonSave(metadata)))
+        with self._failures_named():
+            self._manager.check_for_errors()
+            self._manager.save(int(state.step), args=ocp.args.Composite(
+                params=_save_args(state.params), optimizer=_save_args(state.opt_state),
+                metadata=ocp.args.JsonSave(metadata)))
 
     def metadata(self, step: int) -> dict[str, Any]:
         """What `save` was given beside the state."""
@@ -85,10 +86,20 @@ class Checkpointer:
         """Waits for saves under way.
 
         Raises:
-          Exception: what a save failed with.
+          UserError: a save failed.
         """
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        with self._failures_named():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    @contextlib.contextmanager
+    def _failures_named(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise UserError(f"saving to {self._manager.directory} failed ({_reason(error)}); the last complete checkpoint is "
+                            f"step {self._manager.latest_step()}: make room, and the same command goes on from it"
+                            ) from error
 
     def close(self) -> None:
         """Waits for saves under way and frees what the manager holds."""
@@ -157,6 +168,13 @@ def _explained(folder: Path) -> Iterator[None]:
     """Names the checkpoint when Orbax cannot read it: other shapes than the configuration's, or damaged files."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
-        raise UserError(f"cannot read the checkpoint {folder}: {str(error).strip().splitlines()[0]}; an older step may "
-                        "be whole") from error
+    except Exception as error:
+        raise UserError(f"cannot read the checkpoint {folder} ({_reason(error)}); an older step may be whole") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong in one line. Orbax raises bare Exceptions of many lines, and its storage its own types."""
+    while error.__cause__:
+        error = error.__cause__
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return "no space left on device" if "No space left on device" in line else line

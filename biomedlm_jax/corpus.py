@@ -11,12 +11,13 @@ The bundled synthetic text is in `synthetic.py`.
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Literal
 
@@ -121,6 +122,17 @@ def read_documents(source: str, files: Sequence[str], report: ReadReport,
     if source == "text":
         return (document for file in files for document in _read_text(file, report))
     raise UserError(f"{source!r} is no format of text files: write pile or text")
+
+
+def tokenizer_texts(read: Callable[[], Iterator[Document]]) -> Iterator[str]:
+    """What a tokenizer is trained on: the abstracts, as the published one was, or all text where there are none.
+
+    Args:
+      read: starts to read the documents from the beginning.
+    """
+    abstracts = (document for document in read() if document.source == "PubMed Abstracts")
+    first = next(abstracts, None)
+    return (document.text for document in (itertools.chain([first], abstracts) if first else read()))
 
 
 def _read_pile(file: str, report: ReadReport, pile_sets: frozenset[str]) -> Iterator[Document]:

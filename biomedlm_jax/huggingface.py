@@ -9,6 +9,7 @@ is transposed. What an import could not represent, it remembers in the run's fol
 
 import contextlib
 import dataclasses
+import logging
 import math
 import re
 import shutil
@@ -20,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore
-from absl import logging
 from flax import traverse_util
 from tqdm import tqdm
 
@@ -29,6 +29,8 @@ from biomedlm_jax.config import Config, ModelConfig, load_config, save_config
 from biomedlm_jax.errors import UserError
 from biomedlm_jax.model import Params
 from biomedlm_jax.weights import Dtype, Entry, Format
+
+logger = logging.getLogger(__name__)
 
 # Parameter path -> tensor name; {} is the layer, the first axis of a parameter in `h`. In the order of a state_dict.
 TENSORS = {
@@ -243,12 +245,16 @@ def _strip_prefix(named: Iterable[tuple[str, Entry]]) -> tuple[dict[str, Entry],
 
 
 def _compare_head(directory: Path, head: np.ndarray, wte: np.ndarray) -> None:
-    difference = np.abs(head.astype(np.float32) - wte.astype(np.float32))
-    # `not ==`, so that NaNs count as different.
-    if rows := int((~(difference == 0)).any(axis=1).sum()):
-        logging.warning("%s: %s differs from %swte.weight in %d of %d rows, by up to %g; it is left out and the "
+    differing, largest = 0, 0.0
+    for start in range(0, len(wte), 1024):
+        rows = slice(start, start + 1024)
+        difference = np.abs(head[rows].astype(np.float32) - wte[rows].astype(np.float32))
+        differing += int((difference != 0).any(axis=1).sum())
+        largest = max(largest, float(difference.max()))
+    if differing:
+        logger.warning("%s: %s differs from %swte.weight in %d of %d rows, by up to %g; it is left out and the "
                         "embedding is used, as Hugging Face does when it ties the two",
-                        directory, HEAD, PREFIX, rows, len(wte), difference.max())
+                        directory, HEAD, PREFIX, differing, len(wte), largest)
 
 
 # ------------------------------------------------------------------------------------------------- between the two
@@ -257,7 +263,7 @@ def _compare_head(directory: Path, head: np.ndarray, wte: np.ndarray) -> None:
 def import_model(directory: str | Path, run_dir: str | Path) -> ModelConfig:
     """Makes the folder of a run, at step 0 and without an optimizer's state, from a Hugging Face folder.
 
-    One tensor is in memory at a time.
+    One tensor is in memory at a time; of a pytorch_model.bin also pages of the file, which the system can take back.
 
     Raises:
       UserError: `run_dir` is not empty; see `load_params`.
@@ -274,7 +280,7 @@ def import_model(directory: str | Path, run_dir: str | Path) -> ModelConfig:
         try:
             tokenizer.load_tokenizer(directory).save(folder / checkpoint.TOKENIZER_FOLDER)
         except UserError as error:
-            logging.warning("the model is converted WITHOUT A TOKENIZER, and can read token ids only: %s", error)
+            logger.warning("the model is converted WITHOUT A TOKENIZER, and can read token ids only: %s", error)
         (folder / _MEMORY_FOLDER).mkdir()
         for name in _REMEMBERED:
             if (directory / name).is_file():
@@ -315,7 +321,7 @@ def export(run_dir: str | Path, output: str | Path, *, step: int | None = None, 
             tokenizer.export_tokenizer(tokenizer.load_tokenizer(run_dir / checkpoint.TOKENIZER_FOLDER), folder,
                                        model_max_length=config.n_positions)
         else:
-            logging.warning("%s has no tokenizer, and neither has what is exported", run_dir)
+            logger.warning("%s has no tokenizer, and neither has what is exported", run_dir)
     return Export(size, [Path(output) / name for name in files])
 
 
@@ -331,9 +337,9 @@ def create_checkpoint(run_dir: Path, config: ModelConfig) -> dict[str, tensorsto
     arrays = {}
     for path, seed in _open_arrays(checkpoint.checkpoint_folder(run_dir) / "0" / "params").items():
         shape = shapes[path]
-        spec = {"driver": seed.spec().to_json()["driver"], "kvstore": seed.kvstore.spec().to_json(),
-                # Otherwise zeros would be left out, which Orbax takes for damage.
-                "store_data_equal_to_fill_value": True}
+        place = seed.spec().to_json()
+        # Otherwise zeros would be left out of the files, as Orbax never does.
+        spec = {"driver": place["driver"], "kvstore": place["kvstore"], "store_data_equal_to_fill_value": True}
         chunk = tensorstore.ChunkLayout(write_chunk_shape=(1, *shape[1:]) if path.startswith("h/") else shape)
         arrays[path] = tensorstore.open(spec, create=True, delete_existing=True, shape=shape, dtype=seed.dtype,
                                         codec=seed.codec, chunk_layout=chunk).result()
@@ -342,11 +348,10 @@ def create_checkpoint(run_dir: Path, config: ModelConfig) -> dict[str, tensorsto
 
 def _open_arrays(folder: Path) -> dict[str, tensorstore.TensorStore]:
     """The parameters that Orbax saved, by path, not read yet: it stores each as an array of an OCDBT database."""
-    base = {"driver": "file", "path": f"{folder}/"}
+    store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}
+    specs = {path: {"driver": "auto", "kvstore": {**store, "path": f"{path.replace('/', '.')}/"}} for path in TENSORS}
     try:
-        return {path: tensorstore.open(
-                    {"driver": "auto", "kvstore": {"driver": "ocdbt", "base": base, "path": path.replace("/", ".") + "/"}}
-                ).result() for path in TENSORS}
+        return {path: tensorstore.open(spec).result() for path, spec in specs.items()}
     except ValueError as error:
         raise UserError(f"cannot read the checkpoint {folder}: {str(error).splitlines()[0]}; an older step may be whole"
                         ) from error

@@ -114,22 +114,59 @@ def load_model(path: str | Path, step: int | None = None, *,
     path = Path(path)
     if compute_dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"compute_dtype must be float32 or bfloat16, not {compute_dtype}")
-    if (path / checkpoint.CONFIG_FILE).is_file():
-        config = load_config(path / checkpoint.CONFIG_FILE).model
-        params = checkpoint.load_params(path, step)
-        tokenizer_dir = path / checkpoint.TOKENIZER_FOLDER
-    elif (path / "config.json").is_file():
-        if step is not None:
-            raise UserError(f"{path} is a Hugging Face folder, which has no steps")
-        config, host_params = huggingface.load_params(path)
-        flat = traverse_util.flatten_dict(host_params, sep="/")
-        del host_params
-        # One at a time, so that the model is never in memory twice.
-        params = traverse_util.unflatten_dict({name: jax.device_put(flat.pop(name)) for name in list(flat)}, sep="/")
-        tokenizer_dir = path
-    else:
-        raise UserError(f"{path} is neither the folder of a run (it has no {checkpoint.CONFIG_FILE}) nor a Hugging "
-                        "Face folder (it has no config.json)")
+    config = read_config(path)
     if compute_dtype is not None:
         config = dataclasses.replace(config, compute_dtype=compute_dtype)
-    return LanguageModel(config, params, tokenizer_dir)
+    tokenizer_dir = path / checkpoint.TOKENIZER_FOLDER if _is_run(path) else path
+    return LanguageModel(config, load_params(path, step), tokenizer_dir)
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The configuration of the model in a run's folder or a Hugging Face folder.
+
+    Raises:
+      UserError: the folder is neither.
+    """
+    path = Path(path)
+    if _is_run(path):
+        return load_config(path / checkpoint.CONFIG_FILE).model
+    if (path / "config.json").is_file():
+        return huggingface.read_config(path)
+    raise UserError(f"{path} is neither the folder of a run (it has no {checkpoint.CONFIG_FILE}) nor a Hugging "
+                    "Face folder (it has no config.json)")
+
+
+def load_params(path: str | Path, step: int | None = None, shardings: Params | None = None) -> Params:
+    """The parameters in a run's folder or a Hugging Face folder, on one device unless `shardings` says otherwise.
+
+    Raises:
+      UserError: see `load_model`.
+    """
+    path = Path(path)
+    if _is_run(path):
+        return checkpoint.load_params(path, step, shardings)
+    if step is not None:
+        raise UserError(f"{path} is a Hugging Face folder, which has no steps")
+    flat = traverse_util.flatten_dict(huggingface.load_params(path)[1], sep="/")
+    where = traverse_util.flatten_dict(shardings, sep="/") if shardings else dict.fromkeys(flat)
+    # One at a time, so that the model is never in memory twice.
+    return traverse_util.unflatten_dict({name: jax.device_put(flat.pop(name), where[name]) for name in list(flat)}, sep="/")
+
+
+def start_from(path: str | Path, config: ModelConfig, shardings: Params) -> Params:
+    """The parameters in a folder for a model of another run, which must have the same architecture.
+
+    Raises:
+      UserError: names the first setting that differs; or see `load_model`.
+    """
+    there = read_config(path)
+    for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "layer_norm_epsilon",
+                 "scale_attn_by_inverse_layer_idx"):
+        if getattr(there, name) != getattr(config, name):
+            raise UserError(f"run.init_from {path}: model.{name} is {getattr(there, name)} there and "
+                            f"{getattr(config, name)} here")
+    return load_params(path, shardings=shardings)
+
+
+def _is_run(path: Path) -> bool:
+    return (path / checkpoint.CONFIG_FILE).is_file()

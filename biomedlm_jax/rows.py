@@ -56,6 +56,8 @@ class Rows:
     """Ids before padding; fewer than len(source) * n_positions where the last row is padded."""
     fingerprint: str
     """Hash of the rows."""
+    entropy: float | None
+    """Nats a token that a perfect model of the text cannot do without; known of the synthetic text only."""
 
     def __len__(self) -> int:
         return len(self.source)
@@ -142,7 +144,8 @@ def open_rows(folder: Path, split: str) -> Rows | None:
     if len(source) != counts["rows"]:
         raise UserError(f"{folder / 'rows'} has {len(source)} rows of {split}, and its manifest says {counts['rows']}: "
                         "delete it and prepare again")
-    return Rows(source, manifest["n_positions"], counts["tokens"], counts["sha256"])
+    entropy = counts["entropy_nats"] / counts["tokens"] if "entropy_nats" in counts else None
+    return Rows(source, manifest["n_positions"], counts["tokens"], counts["sha256"], entropy)
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -200,15 +203,18 @@ def _prepare(config: Config, folder: Path) -> None:
 def _documents(config: Config, split: str, files: list[str], report: ReadReport) -> Iterator[Document]:
     data = config.data
     if data.source == "synthetic":
-        # Held-out documents come after the training ones, whose knowledge they share.
-        train, held_out = data.synthetic_documents, data.synthetic_eval_documents
-        start, stop = (0, train) if split == "train" else (train, train + held_out)
-        for document in synthetic.documents(start, stop):
+        for document in synthetic.documents(*_synthetic_range(config, split)):
             report.documents += 1
             report.bytes += len(document.text.encode())
             yield document
     else:
         yield from corpus.read_documents(data.source, files, report, data.pile_sets)
+
+
+def _synthetic_range(config: Config, split: str) -> tuple[int, int]:
+    # Held-out documents come after the training ones, whose knowledge they share.
+    train, held_out = config.data.synthetic_documents, config.data.synthetic_eval_documents
+    return (0, train) if split == "train" else (train, train + held_out)
 
 
 def _tokenizer(config: Config, train_files: list[str], folder: Path) -> Tokenizer:
@@ -217,15 +223,9 @@ def _tokenizer(config: Config, train_files: list[str], folder: Path) -> Tokenize
         tokenizer = load_tokenizer(config.data.tokenizer)
         tokenizer.save(folder)
         return tokenizer
-    documents = list(itertools.islice(_documents(config, "train", train_files, ReadReport()), _TOKENIZER_DOCUMENTS))
-    abstracts = [document.text for document in documents if document.source == "PubMed Abstracts"]
-    texts = abstracts or [document.text for document in documents]
-    logger.info("tokenizer: training %d words on %d documents", config.model.vocab_size, len(texts))
+    logger.info("tokenizer: training one of %d words", config.model.vocab_size)
+    texts = corpus.tokenizer_texts(lambda: _documents(config, "train", train_files, ReadReport()))
     return train_tokenizer(texts, config.model.vocab_size, folder)
-
-
-# Enough abstracts for a vocabulary of 28,896 (400 MB), bounded in memory.
-_TOKENIZER_DOCUMENTS = 300_000
 
 
 def _prepare_split(config: Config, split: str, files: list[str], tokenizer: Tokenizer,
@@ -246,14 +246,16 @@ def _prepare_split(config: Config, split: str, files: list[str], tokenizer: Toke
             tokens += len(row)
     info = writer.close()
     if report.bad_fraction > config.data.max_bad_fraction:
-        reason, places = next(iter(report.samples.items()))
+        reason = next(reason for reason in corpus.BROKEN if report.samples.get(reason))
         raise UserError(f"{report.bad_fraction:.1%} of the {split} records are broken, more than data.max_bad_fraction "
-                        f"({config.data.max_bad_fraction:.1%}); for instance {reason} at {places[0]}")
+                        f"({config.data.max_bad_fraction:.1%}); for instance {reason} at {report.samples[reason][0]}")
     if split == "train" and not info.shard_lengths:
         raise UserError(f"the training text makes {left_over} tokens, fewer than one row of model.n_positions "
                         f"({n_positions})")
     counts = {"rows": sum(info.shard_lengths), "tokens": tokens, "tokens_left_over": left_over,
               "sha256": writer.digest.hexdigest(), "files": files} | report.as_dict()
+    if config.data.source == "synthetic":
+        counts["entropy_nats"] = sum(synthetic.generate(index).entropy for index in range(*_synthetic_range(config, split)))
     return counts, info
 
 

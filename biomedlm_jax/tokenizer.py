@@ -401,14 +401,13 @@ def _corpus_texts(files: Sequence[str]) -> Iterator[str]:
     pile = [file for file in files if ".json" in Path(file).name]
     plain = [file for file in files if file not in pile]
     report = corpus.ReadReport()
-    for documents in (
-            corpus.read_documents("pile", pile, corpus.ReadReport(), pile_sets=("PubMed Abstracts",)),
-            chain(corpus.read_documents("pile", pile, report), corpus.read_documents("text", plain, report))):
-        first = next(documents, None)
-        if first:
-            return (document.text for document in chain([first], documents))
-    raise UserError(f"no text to train on in {', '.join(files[:3])}{', ...' if len(files) > 3 else ''}: "
-                    f"records left out are {dict(report.dropped)}")
+    texts = corpus.tokenizer_texts(lambda: chain(corpus.read_documents("pile", pile, report),
+                                                 corpus.read_documents("text", plain, report)))
+    first = next(texts, None)
+    if first is None:
+        raise UserError(f"no text to train on in {', '.join(files[:3])}{', ...' if len(files) > 3 else ''}: "
+                        f"records left out are {dict(report.dropped)}")
+    return chain([first], texts)
 
 
 def _inspect(args: argparse.Namespace) -> None:

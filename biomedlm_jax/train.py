@@ -63,9 +63,8 @@ def train(config: Config) -> int:
                 jax.device_count(), jax.devices()[0].device_kind)
 
     # ---- The run's folder, and the rows it reads
-    _claim_run_folder(config, run_dir)
+    _check_run_folder(config, run_dir)
     rows.ensure_prepared(config)
-    tokenizer.load_tokenizer(config.prepared_dir / "tokenizer").save(run_dir / checkpoint.TOKENIZER_FOLDER)
     train_rows, eval_rows = (rows.open_rows(config.prepared_dir, split) for split in ("train", "eval"))
     assert train_rows is not None
     identity = data.identity(train_rows, config.train.seed, config.train.global_batch_size)
@@ -73,7 +72,7 @@ def train(config: Config) -> int:
     # ---- The state to start from
     checkpointer = checkpoint.Checkpointer(run_dir, config.train)
     start_step = checkpointer.latest_step() or 0
-    if checkpointer.latest_step() is not None:
+    if start_step:
         _check_identity(checkpointer.metadata(start_step)["data"], identity, run_dir)
         abstract_state = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract_state, state_shardings)
@@ -83,13 +82,17 @@ def train(config: Config) -> int:
     else:
         state = jax.jit(init_state, out_shardings=state_shardings)()
         if config.run.init_from:
-            params = load.load_params(config.run.init_from, config.model, state_shardings.params)
+            params = load.start_from(config.run.init_from, config.model, state_shardings.params)
             state = step.TrainState(state.step, params, state.opt_state)
         logger.info("weights: %s", f"of {config.run.init_from}, at step 0" if config.run.init_from
                     else f"random, from train.seed {config.train.seed}")
     if start_step >= config.train.steps:
         logger.info("%s has all its %d steps already", run_dir, start_step)
         return 0
+
+    if jax.process_index() == 0:
+        config_lib.save_config(config, run_dir / checkpoint.CONFIG_FILE)
+        tokenizer.load_tokenizer(config.prepared_dir / "tokenizer").save(run_dir / checkpoint.TOKENIZER_FOLDER)
 
     # ---- The compiled steps
     train_step = jax.jit(functools.partial(step.train_step, config), donate_argnums=0,
@@ -165,26 +168,21 @@ def train(config: Config) -> int:
     learnt = f"training loss {losses[0]:.3f} -> {losses[-1]:.3f}"
     if results:
         learnt += f", held-out loss {results['eval/loss']:.3f} (perplexity {results['eval/perplexity']:.2f})"
+    if eval_rows and eval_rows.entropy:
+        learnt += f", of which {eval_rows.entropy:.3f} is chance that no model can learn"
     print(f"{config.train.steps} steps, {config.train.steps * tokens_per_step:,} tokens in "
           f"{(time.monotonic() - started) / 60:.1f} min: {learnt}; model in {run_dir}")
     return 0
 
 
-def _claim_run_folder(config: Config, run_dir: Path) -> None:
-    """Writes the configuration into the run's folder, unless it holds a run with other settings.
-
-    Raises:
-      UserError: it has checkpoints of another configuration; names each setting that differs.
-    """
-    path = run_dir / checkpoint.CONFIG_FILE
-    if path.is_file() and checkpoint.has_steps(run_dir):
-        differences = config_lib.differences(config_lib.load_config(path), config)
-        if differences:
-            raise UserError(f"{run_dir} holds a run with other settings: {'; '.join(differences)}. Choose another "
-                            "run.dir; run.init_from starts it with the weights of this one")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
-        config_lib.save_config(config, path)
+def _check_run_folder(config: Config, run_dir: Path) -> None:
+    """Refuses a folder with checkpoints of another configuration, naming each setting that differs."""
+    if not checkpoint.has_steps(run_dir):
+        return
+    differences = config_lib.differences(config_lib.load_config(run_dir / checkpoint.CONFIG_FILE), config)
+    if differences:
+        raise UserError(f"{run_dir} holds a run with other settings: {'; '.join(differences)}. Choose another run.dir; "
+                        "run.init_from starts it with the weights of this one")
 
 
 def _check_identity(saved: dict[str, Any], here: dict[str, Any], run_dir: Path) -> None:

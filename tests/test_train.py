@@ -1,0 +1,249 @@
+"""The command as users run it: in processes of its own, stopped in every way, and resumed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny
+
+from biomedlm_jax import checkpoint, metrics, model, rows
+from biomedlm_jax import config as config_lib
+from biomedlm_jax import train as train_lib
+from biomedlm_jax.config import Config
+from biomedlm_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Rows that all runs of this file read."""
+    folder = tmp_path_factory.mktemp("data") / "prepared"
+    rows.ensure_prepared(make_config(folder, "unused"))
+    return folder
+
+
+def make_config(prepared, run_dir, **groups) -> Config:
+    config = tiny.replace(
+        model={"vocab_size": 600, "n_positions": 64, "n_embd": 64},
+        data={"dir": str(prepared), "synthetic_documents": 200, "synthetic_eval_documents": 10},
+        train={"steps": 30, "log_every": 1, "eval_every": 10, "checkpoint_every": 5},
+        run={"dir": str(run_dir), "tensorboard": False})
+    return tiny.replace(config, **groups)
+
+
+class Run:
+    """A `train` process."""
+
+    def __init__(self, config: Config, env: dict[str, str], devices: int = 1):
+        self.dir = config.run.dir
+        os.makedirs(self.dir, exist_ok=True)
+        path = f"{self.dir}-config.yaml"
+        config_lib.save_config(config, path)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "biomedlm_jax.train", "--config", path], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env=env | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)})
+
+    def wait_for_step(self, step: int) -> None:
+        while self.process.poll() is None:
+            if any(line["step"] >= step for line in read_metrics(self.dir)):
+                return
+            time.sleep(0.002)
+
+    def finish(self) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=300)
+        return self.process.returncode, out, err
+
+
+def read_metrics(run_dir):
+    try:
+        return metrics.read_metrics(run_dir)
+    except UserError:
+        return []
+
+
+def losses(run_dir):
+    return {line["step"]: line["train/loss"] for line in read_metrics(run_dir) if "train/loss" in line}
+
+
+@pytest.fixture(scope="module")
+def straight(prepared, tmp_path_factory):
+    """30 steps without a stop, on eight devices and on one."""
+    folder = tmp_path_factory.mktemp("straight")
+    runs = {devices: Run(make_config(prepared, folder / str(devices), train={"keep_last": 10}), dict(os.environ), devices)
+            for devices in (1, 8)}
+    for run in runs.values():
+        status, _, err = run.finish()
+        assert status == 0, err
+    return {devices: run.dir for devices, run in runs.items()}
+
+
+def test_the_contract_of_the_run_folder(straight, prepared):
+    lines = metrics.read_metrics(straight[1])
+    trained = [line for line in lines if "train/loss" in line]
+    assert [line["step"] for line in trained] == list(range(1, 31))
+    for line in trained:
+        assert line["tokens"] == line["step"] * 16 * 64
+        assert {"train/grad_norm", "train/learning_rate"} <= line.keys()
+    assert {"perf/tokens_per_second", "perf/mfu", "perf/step_seconds"} <= trained[-1].keys()
+    assert trained[-1]["perf/tokens_per_second"] * trained[-1]["perf/step_seconds"] == pytest.approx(16 * 64)
+    evaluated = {line["step"]: line for line in lines if "eval/loss" in line}
+    assert set(evaluated) == {0, 10, 20, 30}
+    assert evaluated[30]["eval/perplexity"] == pytest.approx(np.exp(evaluated[30]["eval/loss"]))
+    assert evaluated[30]["eval/loss"] < evaluated[0]["eval/loss"] - 1
+    config = config_lib.load_config(f"{straight[1]}/config.yaml")
+    assert config == make_config(prepared, straight[1], train={"keep_last": 10})
+    assert (checkpoint.checkpoint_folder(straight[1]) / "30").is_dir()
+    assert os.path.exists(f"{straight[1]}/tokenizer/tokenizer.model")
+
+
+def test_killed_twice_and_resumed_is_equal_to_the_last_bit(straight, prepared, tmp_path, subprocess_env):
+    config = make_config(prepared, tmp_path / "run")
+    for step in (8, 18):
+        run = Run(config, subprocess_env)
+        run.wait_for_step(step)
+        run.process.kill()
+        assert run.finish()[0] == -signal.SIGKILL
+        assert step <= max(losses(run.dir)) < 30
+    status, out, err = Run(config, subprocess_env).finish()
+    assert status == 0 and "going on from step" in err
+    assert losses(run.dir) == losses(straight[1])
+    assert [line["step"] for line in metrics.read_metrics(run.dir)] == [
+        line["step"] for line in metrics.read_metrics(straight[1])]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_step_and_the_command_goes_on(straight, prepared, tmp_path, subprocess_env, number):
+    config = make_config(prepared, tmp_path / "run", train={"checkpoint_every": 1000})
+    run = Run(config, subprocess_env)
+    run.wait_for_step(7)
+    run.process.send_signal(number)
+    status, _, err = run.finish()
+    assert status == 128 + number
+    step = checkpoint.find_step(run.dir)
+    assert f"stopped by {number.name}: step {step} is saved in {run.dir}; the same command goes on" in err
+    assert 7 <= step < 30 and max(losses(run.dir)) == step
+    status, _, err = Run(config, subprocess_env).finish()
+    assert status == 0 and f"going on from step {step}" in err
+    assert losses(run.dir) == losses(straight[1])
+
+
+@pytest.mark.parametrize("devices", [4, 2])
+def test_resumed_on_fewer_devices_reads_the_same_rows(straight, prepared, tmp_path, subprocess_env, devices):
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight[8], run_dir)
+    for step in (20, 25, 30):
+        shutil.rmtree(run_dir / "checkpoints" / str(step))
+    status, _, err = Run(make_config(prepared, run_dir), subprocess_env, devices).finish()
+    assert status == 0 and "going on from step 15" in err and f"{devices} x cpu" in err
+    # The rows of a step are drawn anew each epoch, so other rows would show at once.
+    resumed, expected = losses(run_dir), losses(straight[8])
+    assert resumed.keys() == expected.keys()
+    np.testing.assert_allclose(list(resumed.values()), list(expected.values()), rtol=0, atol=1e-5)
+
+
+def test_a_full_disk_loses_nothing_that_was_saved(prepared, tmp_path, subprocess_env):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True, check=False).returncode:
+        pytest.skip("this process may not mount a small disk")
+    try:
+        status, _, err = Run(make_config(prepared, disk / "run", train={"keep_last": 100}), subprocess_env).finish()
+        assert status == 2 and "Traceback" not in err, err
+        step = checkpoint.find_step(disk / "run")
+        assert f"(no space left on device); the last complete checkpoint is step {step}: make room" in err
+        params = checkpoint.load_params(disk / "run")
+        assert params["wte"]["embedding"].shape == (600, 64)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_mistakes_are_one_line_and_lose_nothing(straight, prepared, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight[1], run_dir)
+    before = sorted((path, path.stat().st_mtime_ns) for path in run_dir.rglob("*"))
+    for groups, message in [
+            ({"model": {"n_layer": 3}, "train": {"seed": 9}}, "holds a run with other settings: model.n_layer was 2, is 3; train.seed was 0"),
+            ({"train": {"steps": 60}}, "train.steps was 30, is 60"),
+            ({"optimizer": {"learning_rate": 1.0}}, "optimizer.learning_rate was 0.01, is 1.0"),
+            ({"mesh": {"replica": 3}}, "3 x 2 is not 8"),
+            ({"train": {"global_batch_size": 12}}, "multiple of the 8 devices"),
+            ({"data": {"synthetic_documents": 10}}, "data.synthetic_documents 200, and this configuration has 10")]:
+        with pytest.raises(UserError, match=message):
+            train_lib.train(make_config(prepared, run_dir, **groups))
+    other = tmp_path / "other"
+    with pytest.raises(UserError, match="the rows are not those that .* was trained on: rows_sha256 was"):
+        train_lib.train(make_config(other, run_dir, data={"dir": str(other), "synthetic_documents": 201}))
+    with pytest.raises(UserError, match="run.dir is not set"):
+        train_lib.train(make_config(prepared, ""))
+    assert sorted((path, path.stat().st_mtime_ns) for path in run_dir.rglob("*")) == before
+
+
+def test_a_finished_run_says_so(straight, prepared, caplog):
+    before = metrics.read_metrics(straight[8])
+    with caplog.at_level("INFO"):
+        assert train_lib.train(make_config(prepared, straight[8], train={"keep_last": 10})) == 0
+    assert "has all its 30 steps already" in caplog.text
+    assert metrics.read_metrics(straight[8]) == before
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(prepared, tmp_path):
+    config = make_config(prepared, tmp_path / "run", optimizer={"learning_rate": 1e30}, train={"checkpoint_every": 1})
+    with pytest.raises(UserError, match=r"at step \d+ the loss is nan.*the last checkpoint is step \d+.*learning_rate"):
+        train_lib.train(config)
+    assert all(np.isfinite(x).all() for x in _leaves(checkpoint.load_params(config.run.dir)))
+
+
+def test_starts_from_the_weights_of_another_run(straight, prepared, tmp_path, caplog):
+    config = make_config(prepared, tmp_path / "run", run={"init_from": straight[1]}, optimizer={"warmup_steps": 1},
+                         train={"steps": 3, "eval_every": 1, "checkpoint_every": 1})
+    with caplog.at_level("INFO", logger="biomedlm_jax"):
+        assert train_lib.train(config) == 0
+        assert f"weights: of {straight[1]}, at step 0" in caplog.text
+        start = next(line for line in metrics.read_metrics(config.run.dir) if line["step"] == 0)
+        end = [line for line in metrics.read_metrics(straight[1]) if "eval/loss" in line][-1]
+        assert start["eval/loss"] == pytest.approx(end["eval/loss"], abs=1e-5)
+        # A checkpoint in run.dir wins.
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "3")
+        caplog.clear()
+        assert train_lib.train(config) == 0
+        assert f"going on from step 2 of {config.run.dir}; run.init_from is not used" in caplog.text
+
+
+def test_weights_of_another_architecture_are_refused(straight, prepared, tmp_path):
+    config = make_config(prepared, tmp_path / "run", run={"init_from": straight[1]}, model={"n_layer": 1})
+    with pytest.raises(UserError, match=f"run.init_from {straight[1]}: model.n_layer is 2 there and 1 here"):
+        train_lib.train(config)
+
+
+def test_numbers_resume_where_the_checkpoint_is(tmp_path):
+    config = tiny.replace(run={"dir": str(tmp_path), "tensorboard": True})
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "train/loss": 1.0}) + "\n" for step in range(1, 8)) + '{"step": 8, "tr')
+    writer = metrics.MetricWriter(config, start_step=5, write=True)
+    writer.write(6, {"train/loss": 2.0, "perf/mfu": None})
+    writer.close()
+    assert [(line["step"], line["train/loss"]) for line in metrics.read_metrics(tmp_path)] == [
+        (1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0), (5, 1.0), (6, 2.0)]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize(("kind", "flops"), [("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA H200", 989e12), ("TPU v4", 275e12),
+                                             ("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("TPU v6 lite", 918e12), ("cpu", None)])
+def test_peaks_are_those_of_the_data_sheets(kind, flops):
+    assert metrics.peak_flops(kind) == flops
+
+
+def test_mfu_of_the_card():
+    """4,340 tokens/s on an A100 are 23.1 % of its peak."""
+    assert 4340 * model.flops_per_token(Config().model) / metrics.peak_flops("NVIDIA A100") == pytest.approx(0.231, abs=5e-4)
+
+
+def _leaves(tree):
+    import jax
+
+    return jax.tree.leaves(tree)
