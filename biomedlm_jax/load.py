@@ -32,15 +32,12 @@ class LanguageModel:
         self._tokenizer_dir = tokenizer_dir
 
     @functools.cached_property
-    def tokenizer(self) -> tokenizer_lib.Tokenizer | None:
-        """The tokenizer beside the model; None if there is none.
+    def tokenizer(self) -> tokenizer_lib.Tokenizer:
+        """The tokenizer beside the model.
 
         Raises:
-          UserError: its files are broken.
+          UserError: there is none, or its files are broken.
         """
-        names = ("tokenizer.model", "vocab.json")
-        if not any((self._tokenizer_dir / name).exists() for name in names):
-            return None
         return tokenizer_lib.load_tokenizer(self._tokenizer_dir)
 
     def __call__(self, tokens: Any, attention_mask: Any = None, position_ids: Any = None
@@ -117,8 +114,7 @@ def load_model(path: str | Path, step: int | None = None, *,
     config = read_config(path)
     if compute_dtype is not None:
         config = dataclasses.replace(config, compute_dtype=compute_dtype)
-    tokenizer_dir = path / checkpoint.TOKENIZER_FOLDER if _is_run(path) else path
-    return LanguageModel(config, load_params(path, step), tokenizer_dir)
+    return LanguageModel(config, load_params(path, step), _tokenizer_dir(path))
 
 
 def read_config(path: str | Path) -> ModelConfig:
@@ -166,6 +162,19 @@ def start_from(path: str | Path, config: ModelConfig, shardings: Params) -> Para
             raise UserError(f"run.init_from {path}: model.{name} is {getattr(there, name)} there and "
                             f"{getattr(config, name)} here")
     return load_params(path, shardings=shardings)
+
+
+def load_tokenizer(path: str | Path) -> tokenizer_lib.Tokenizer:
+    """The tokenizer beside the model in a run's folder or a Hugging Face folder.
+
+    Raises:
+      UserError: there is none, or its files are broken.
+    """
+    return tokenizer_lib.load_tokenizer(_tokenizer_dir(Path(path)))
+
+
+def _tokenizer_dir(path: Path) -> Path:
+    return path / checkpoint.TOKENIZER_FOLDER if _is_run(path) else path
 
 
 def _is_run(path: Path) -> bool:

@@ -72,11 +72,11 @@ def train(config: Config) -> int:
     # ---- The state to start from
     checkpointer = checkpoint.Checkpointer(run_dir, config.train)
     start_step = checkpointer.latest_step() or 0
-    if start_step:
-        _check_identity(checkpointer.metadata(start_step)["data"], identity, run_dir)
+    if checkpointer.latest_step() is not None:
         abstract_state = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract_state, state_shardings)
         state = checkpointer.restore(start_step, abstract_state)
+        _check_identity(checkpointer.metadata(start_step)["data"], identity, run_dir)
         logger.info("weights: going on from step %d of %s%s", start_step, run_dir,
                     "; run.init_from is not used" if config.run.init_from else "")
     else:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from huggingface_models import hf_logits, make_model, make_tokenizer, read_folder, write_folder
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from biomedlm_jax import checkpoint, huggingface, load_model
 from biomedlm_jax import config as config_lib
@@ -116,7 +116,9 @@ def test_round_trip_is_bit_identical(tmp_path, dtype, format, max_shard_bytes):
         if len(written.files) > 1:
             ours, theirs = (json.loads((tmp_path / folder / "model.safetensors.index.json").read_text())
                             for folder in ("back", "source"))
-            assert ours["weight_map"].keys() == theirs["weight_map"].keys()
+            assert ours["weight_map"] == theirs["weight_map"]
+            assert all(sum(value.nbytes for value in load_file(file).values()) <= max_shard_bytes
+                       for file in written.files)
             assert ours["metadata"]["total_size"] == theirs["metadata"]["total_size"] == written.total_bytes
     else:
         state = {name: value for file in written.files for name, value in torch.load(file, weights_only=True).items()}

@@ -28,7 +28,9 @@ def test_a_run_and_a_hugging_face_folder_give_the_models_logits(folders):
     np.testing.assert_array_equal(logits, load_model(str(folders / "run"))(TOKENS))
     expected = model_lib.merge(model.config, model.params)(jnp.asarray(TOKENS))
     np.testing.assert_allclose(logits, expected, atol=1e-5)
-    assert model.config.n_layer == SIZES["n_layer"] and model.tokenizer is None
+    assert model.config.n_layer == SIZES["n_layer"]
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        model.tokenizer  # noqa: B018
 
 
 def test_steps_of_a_run(tmp_path):

@@ -1,0 +1,82 @@
+"""Command: what a run learnt, as a picture and in a few lines.
+
+    python -m biomedlm_jax.report RUN
+"""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+from etils import epy
+
+from biomedlm_jax.errors import UserError, run_command
+
+with epy.lazy_imports():
+    import matplotlib.figure
+
+    from biomedlm_jax import metrics
+
+
+def main() -> None:
+    """Draws RUN/report.png and prints the numbers that it shows."""
+    parser = argparse.ArgumentParser(prog="python -m biomedlm_jax.report",
+                                     description="Draw the curves of a run, and print its numbers.")
+    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    parser.add_argument("--output", metavar="FILE", help="picture to write (default: RUN/report.png)")
+    args = parser.parse_args()
+    lines = metrics.read_metrics(args.run)
+    trained = [line for line in lines if "train/loss" in line]
+    if not trained:
+        raise UserError(f"{args.run} has no logged steps yet")
+    output = Path(args.output or Path(args.run) / "report.png")
+    draw(lines, Path(args.run).name, output)
+    print(summary(lines))
+    print(f"drawn in {output}")
+
+
+def summary(lines: list[dict[str, Any]]) -> str:
+    """The numbers of a run's first, best and last moments, as a small table."""
+    trained = [line for line in lines if "train/loss" in line]
+    evaluated = [line for line in lines if "eval/loss" in line]
+    text = [f"{'':16}{'step':>10}{'loss':>10}{'perplexity':>12}"]
+
+    def row(label: str, line: dict[str, Any], key: str) -> None:
+        text.append(f"{label:16}{line['step']:>10,}{line[key]:>10.4f}{math.exp(line[key]):>12.2f}")
+
+    row("training, first", trained[0], "train/loss")
+    row("training, last", trained[-1], "train/loss")
+    if evaluated:
+        row("held out, first", evaluated[0], "eval/loss")
+        row("held out, best", min(evaluated, key=lambda line: line["eval/loss"]), "eval/loss")
+        row("held out, last", evaluated[-1], "eval/loss")
+    rates = sorted(line["perf/tokens_per_second"] for line in trained if line.get("perf/tokens_per_second"))
+    text.append(f"{trained[-1]['tokens']:,} tokens" + (f", median {rates[len(rates) // 2]:,.0f} tokens/s" if rates else ""))
+    return "\n".join(text)
+
+
+def draw(lines: list[dict[str, Any]], title: str, output: Path) -> None:
+    """Writes a picture of the loss, the learning rate, the gradient's norm, and the throughput by step."""
+    panels = (("loss, nats a token", {"train/loss": "training", "eval/loss": "held out"}, "log"),
+              ("gradient norm, before clipping", {"train/grad_norm": None}, "log"),
+              ("learning rate", {"train/learning_rate": None}, "linear"),
+              ("tokens per second", {"perf/tokens_per_second": None}, "linear"))
+    figure = matplotlib.figure.Figure(figsize=(11, 7), layout="constrained")
+    figure.suptitle(title)
+    for axes, (label, series, scale) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        for key, name in series.items():
+            points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+            held_out = key.startswith("eval/")
+            axes.plot(*zip(*points, strict=True) if points else ((), ()), label=name, linewidth=1.8 if held_out else 0.9,
+                      marker="o" if held_out else None, markersize=3)
+        axes.set(title=label, xlabel="step", yscale=scale)
+        axes.grid(alpha=0.3)
+        if len(series) > 1:
+            axes.legend()
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
+    figure.savefig(output, dpi=110)
+
+
+if __name__ == "__main__":
+    run_command(main)
