@@ -42,8 +42,9 @@ def causal_attention(
       UserError: 'cudnn' was asked for and cannot take the arguments; names the limit.
     """
     heads = qkv.shape[2] // 3
-    dropping = dropout > 0 and dropout_key is not None
-    limit = _cudnn_limit(qkv, masked=mask is not None, dropping=dropping)
+    if dropout == 0:
+        dropout_key = None
+    limit = _cudnn_limit(qkv, masked=mask is not None, dropping=dropout_key is not None)
     if implementation == "auto":
         implementation = "reference" if limit else "cudnn"
         _log_choice(implementation, limit)
@@ -54,7 +55,7 @@ def causal_attention(
         # cuDNN's own scale is a constant of the program, and ours is traced.
         q = (q * scale).astype(q.dtype)
         return jax.nn.dot_product_attention(q, k, v, scale=1.0, is_causal=True, implementation="cudnn")
-    return _reference(q, k, v, scale, mask, dropout if dropping else 0.0, dropout_key)
+    return _reference(q, k, v, scale, mask, dropout, dropout_key)
 
 
 def _cudnn_limit(qkv: Float[Array, "batch seq 3*heads head_dim"], *, masked: bool, dropping: bool) -> str:
@@ -88,7 +89,7 @@ def _reference(q: Array, k: Array, v: Array, scale: Array | float, mask: Array |
     # The lowest finite number, not -inf: a row with nothing allowed stays finite.
     scores = jnp.where(allowed, scores, jnp.finfo(scores.dtype).min)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    if dropout > 0:
+    if dropout_key is not None:
         keep = jax.random.bernoulli(dropout_key, 1 - dropout, probabilities.shape)
         probabilities = jnp.where(keep, probabilities / (1 - dropout), 0)
     return jnp.einsum("bhqk,bkhd->bqhd", probabilities, v)

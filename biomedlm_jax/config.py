@@ -251,7 +251,7 @@ class _Parser(jsonargparse.ArgumentParser):
 
 def _setting_names() -> list[str]:
     return [f"{group.name}.{leaf.name}" for group in dataclasses.fields(Config)
-            for leaf in dataclasses.fields(group.default_factory)]  # type: ignore[arg-type,misc]
+            for leaf in dataclasses.fields(group.default_factory)]  # type: ignore[arg-type]
 
 
 def _nearest(key: str) -> str:

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import signal
 import sys
 from collections.abc import Callable
 
@@ -25,8 +26,8 @@ class _AboveProgressBars(logging.Handler):
 def run_command(main: Callable[[], int | None]) -> None:
     """Runs a command's `main` and exits the process: its status, or one line on standard error for a user's mistake.
 
-    A `UserError`, a missing or unreadable file, and a full disk end without a traceback; anything else is a
-    defect of ours and keeps its traceback.
+    A `UserError`, Ctrl-C, a missing or unreadable file, and a full disk end without a traceback; anything else is
+    a defect of ours and keeps its traceback.
     """
     package_logger = logging.getLogger("biomedlm_jax")
     package_logger.setLevel(logging.INFO)
@@ -41,6 +42,9 @@ def run_command(main: Callable[[], int | None]) -> None:
         sys.exit(main())
     except UserError as error:
         message = str(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
         message = f"{error.filename}: {error.strerror}"
     except OSError as error:

@@ -51,9 +51,9 @@ class Attention(nnx.Module):
         config = self.config
         head_dim = config.n_embd // config.n_head
         # https://huggingface.co/stanford-crfm/BioMedLM: scale_attn_by_inverse_layer_idx divides by i + 1.
-        scale = 1 / math.sqrt(head_dim)
+        scale = jnp.float32(1 / math.sqrt(head_dim))
         if config.scale_attn_by_inverse_layer_idx:
-            scale = scale / (layer + 1).astype(jnp.float32)
+            scale = scale / (layer + 1)
         qkv = self.c_attn(x).reshape(*x.shape[:2], 3 * config.n_head, head_dim)
         out = causal_attention(qkv, scale, implementation=config.attention, mask=mask, dropout=config.attn_pdrop,
                                dropout_key=key)

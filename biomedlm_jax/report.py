@@ -57,7 +57,8 @@ def summary(lines: list[dict[str, Any]]) -> str:
 
 def draw(lines: list[dict[str, Any]], title: str, output: Path) -> None:
     """Writes a picture of the loss, the learning rate, the gradient's norm, and the throughput by step."""
-    panels = (("loss, nats a token", {"train/loss": "training", "eval/loss": "held out"}, "log"),
+    panels: tuple[tuple[str, dict[str, str | None], str], ...] = (
+              ("loss, nats a token", {"train/loss": "training", "eval/loss": "held out"}, "log"),
               ("gradient norm, before clipping", {"train/grad_norm": None}, "log"),
               ("learning rate", {"train/learning_rate": None}, "linear"),
               ("tokens per second", {"perf/tokens_per_second": None}, "linear"))

@@ -9,11 +9,14 @@ n_positions ids. The training rows leave out the last, incomplete one; the held-
 every held-out token counts.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import itertools
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -40,9 +43,9 @@ _ROWS_PER_FILE = 1 << 16
 _DOCUMENTS_PER_ENCODE = 256
 
 # Settings that decide what the rows are.
-_DATA_SETTINGS = {"synthetic": ("source", "tokenizer", "synthetic_documents", "synthetic_eval_documents"),
-                  "pile": ("source", "tokenizer", "train_files", "eval_files", "pile_sets"),
-                  "text": ("source", "tokenizer", "train_files", "eval_files")}
+_DATA_SETTINGS = {"synthetic": ("source", "synthetic_documents", "synthetic_eval_documents"),
+                  "pile": ("source", "train_files", "eval_files", "pile_sets"),
+                  "text": ("source", "train_files", "eval_files")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,24 +102,38 @@ def ensure_prepared(config: Config) -> None:
         vocabulary is not the model's, or the folder holds other rows than the configuration asks for.
     """
     folder = config.prepared_dir
-    if (folder / MANIFEST_FILE).is_file():
-        _check_manifest(config, read_manifest(folder), folder)
-        logger.info("rows: using %s", folder)
-        return
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} exists and holds no prepared rows (no {MANIFEST_FILE}): choose another data.dir")
-    logger.info("rows: %s has none yet; preparing them from data.source %s", folder, config.data.source)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        _prepare(config, partial)
-    except BaseException:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _one_at_a_time(folder.parent):
+        if (folder / MANIFEST_FILE).is_file():
+            _check_manifest(config, read_manifest(folder), folder)
+            logger.info("rows: using %s", folder)
+            return
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder} exists and holds no prepared rows (no {MANIFEST_FILE}): choose another data.dir")
+        logger.info("rows: %s has none yet; preparing them from data.source %s", folder, config.data.source)
+        partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
+        partial.mkdir()
+        try:
+            _prepare(config, partial)
+            partial.replace(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Keeps two runs that share their rows from preparing them at once: the second waits, and finds them."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("rows: another process prepares some in %s; waiting for it", folder)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -160,12 +177,15 @@ def _settings(config: Config) -> dict[str, Any]:
 def _check_manifest(config: Config, manifest: dict[str, Any], folder: Path) -> None:
     have, want = manifest["settings"], _settings(config)
     # Rows prepared before may be used without saying again what from.
-    unsaid = {name for name in ("train_files", "eval_files", "tokenizer") if not want.get(name)}
+    unsaid = {name for name in ("train_files", "eval_files") if not want.get(name)}
     differing = [name for name in want if name not in unsaid and have.get(name) != want[name]]
     if differing:
         name = differing[0]
         raise UserError(f"{folder} was prepared with data.{name} {have.get(name)}, and this configuration has {want[name]}: "
                         "choose another data.dir, or delete the folder to prepare it again")
+    if config.data.tokenizer and load_tokenizer(config.data.tokenizer).fingerprint != manifest["tokenizer_sha256"]:
+        raise UserError(f"{folder} was prepared with another tokenizer than {config.data.tokenizer}: choose another "
+                        "data.dir, or delete the folder to prepare it again")
     for name, here in (("n_positions", config.model.n_positions), ("vocab_size", config.model.vocab_size)):
         if manifest[name] != here:
             raise UserError(f"{folder} was prepared with model.{name} {manifest[name]}, and this configuration has {here}: "
@@ -249,6 +269,8 @@ def _prepare_split(config: Config, split: str, files: list[str], tokenizer: Toke
         reason = next(reason for reason in corpus.BROKEN if report.samples.get(reason))
         raise UserError(f"{report.bad_fraction:.1%} of the {split} records are broken, more than data.max_bad_fraction "
                         f"({config.data.max_bad_fraction:.1%}); for instance {reason} at {report.samples[reason][0]}")
+    if split == "eval" and files and not tokens:
+        raise UserError(f"no text to evaluate on in data.eval_files ({files[0]}, ...): left out are {dict(report.dropped)}")
     if split == "train" and not info.shard_lengths:
         raise UserError(f"the training text makes {left_over} tokens, fewer than one row of model.n_positions "
                         f"({n_positions})")

@@ -9,7 +9,9 @@ Which weights a run starts from, the first that there is:
 """
 
 import contextlib
+import dataclasses
 import functools
+import logging
 import math
 import signal
 import time
@@ -25,12 +27,12 @@ from biomedlm_jax.errors import UserError, run_command
 
 # `--help` and mistakes in the settings answer before these are loaded.
 with epy.lazy_imports():
-    import logging
-
     import jax
     from jax.experimental import multihost_utils
 
     from biomedlm_jax import checkpoint, data, load, metrics, rows, sharding, step, tokenizer
+
+logger = logging.getLogger("biomedlm_jax.train")
 
 
 def main() -> int:
@@ -45,22 +47,17 @@ def train(config: Config) -> int:
       0, or 128 + the number of the signal.
 
     Raises:
-      UserError: the configuration cannot be run here, or the loss is no longer finite.
+      UserError: the configuration cannot be run here, the loss is no longer finite, or a checkpoint cannot be saved.
     """
-    logger = logging.getLogger("biomedlm_jax.train")
     if not config.run.dir:
         raise UserError("run.dir is not set: say where the run shall live, for instance --run.dir runs/first")
     run_dir = Path(config.run.dir)
 
-    # ---- Devices, and how the state lies on them
+    # ---- Devices
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_divisible(config, mesh)
-    batch_sharding = sharding.batch_sharding(mesh)
-    init_state = functools.partial(step.init_state, config)
-    abstract_state = jax.eval_shape(init_state)
-    state_shardings = sharding.tree_shardings(mesh, abstract_state)
-    logger.info("mesh: %s on %d x %s", ", ".join(f"{name} {size}" for name, size in mesh.shape.items()),
-                jax.device_count(), jax.devices()[0].device_kind)
+    logger.info("mesh: %s on %d x %s", ", ".join(f"{name} {size}" for name, size in mesh.shape.items()), mesh.size,
+                jax.devices()[0].device_kind)
 
     # ---- The run's folder, and the rows it reads
     _check_run_folder(config, run_dir)
@@ -71,108 +68,167 @@ def train(config: Config) -> int:
 
     # ---- The state to start from
     checkpointer = checkpoint.Checkpointer(run_dir, config.train)
-    start_step = checkpointer.latest_step() or 0
-    if checkpointer.latest_step() is not None:
-        abstract_state = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract_state, state_shardings)
-        state = checkpointer.restore(start_step, abstract_state)
-        _check_identity(checkpointer.metadata(start_step)["data"], identity, run_dir)
-        logger.info("weights: going on from step %d of %s%s", start_step, run_dir,
-                    "; run.init_from is not used" if config.run.init_from else "")
-    else:
-        state = jax.jit(init_state, out_shardings=state_shardings)()
-        if config.run.init_from:
-            params = load.start_from(config.run.init_from, config.model, state_shardings.params)
-            state = step.TrainState(state.step, params, state.opt_state)
-        logger.info("weights: %s", f"of {config.run.init_from}, at step 0" if config.run.init_from
-                    else f"random, from train.seed {config.train.seed}")
+    state, state_shardings = _starting_state(config, mesh, checkpointer, identity)
+    start_step = int(state.step)
     if start_step >= config.train.steps:
         logger.info("%s has all its %d steps already", run_dir, start_step)
         return 0
-
     if jax.process_index() == 0:
         config_lib.save_config(config, run_dir / checkpoint.CONFIG_FILE)
         tokenizer.load_tokenizer(config.prepared_dir / "tokenizer").save(run_dir / checkpoint.TOKENIZER_FOLDER)
 
-    # ---- The compiled steps
+    # ---- The compiled steps, and the batches they take
+    batch_sharding = sharding.batch_sharding(mesh)
     train_step = jax.jit(functools.partial(step.train_step, config), donate_argnums=0,
                          in_shardings=(state_shardings, batch_sharding), out_shardings=(state_shardings, None))
-    eval_step = jax.jit(functools.partial(step.eval_step, config))
+    evaluator = _Evaluator(config, eval_rows, batch_sharding)
     batches = data.train_batches(train_rows, config.train.seed, config.train.global_batch_size, start_step,
                                  config.train.steps, batch_sharding, config.data.reader_threads)
-    writer = metrics.MetricWriter(config, start_step, write=jax.process_index() == 0)
-    throughput = metrics.Throughput(config)
-    losses: list[float] = []
-    results: dict[str, float] = {}
-    started = time.monotonic()
-    tokens_per_step = config.train.global_batch_size * config.model.n_positions
-
-    def log(done: int, values: dict[str, Any]) -> None:
-        """Fetches and writes the numbers of step `done`; called a step late, so that devices never wait for it."""
-        numbers = {name: float(value) for name, value in values.items()}
-        losses.append(numbers["train/loss"])
-        if not all(map(math.isfinite, numbers.values())):
-            raise UserError(f"at step {done} the loss is {numbers['train/loss']} and the gradient's norm "
-                            f"{numbers['train/grad_norm']}; the last checkpoint is step {checkpointer.latest_step()} of "
-                            f"{run_dir}. A lower optimizer.learning_rate or a longer optimizer.warmup_steps may help")
-        writer.write(done, {"tokens": done * tokens_per_step} | numbers | throughput.read(done))
-
-    def evaluate(done: int) -> None:
-        if eval_rows is None:
-            return
-        nll, count = 0.0, 0.0
-        batch_size = config.train.global_batch_size // config.train.gradient_accumulation_steps
-        for batch in data.eval_batches(eval_rows, batch_size, batch_sharding, config.train.eval_batches):
-            batch_nll, batch_count = eval_step(state.params, batch)
-            nll, count = nll + float(batch_nll), count + float(batch_count)
-        results.update({"eval/loss": nll / count, "eval/perplexity": math.exp(nll / count)})
-        writer.write(done, {"tokens": done * tokens_per_step} | results)
 
     # ---- The loop
-    pending: tuple[int, dict[str, Any]] | None = None
-    with _stop_signal() as received, contextlib.closing(writer), contextlib.closing(checkpointer):
+    record = _Record(config, start_step, checkpointer)
+    done, stop = start_step, False
+    with _stop_signal() as received, contextlib.closing(record), contextlib.closing(checkpointer):
         if start_step == 0 and config.train.eval_every:
-            evaluate(0)
+            record.evaluated(0, evaluator(state.params))
         for done, batch in enumerate(batches, start=start_step + 1):
             state, values = train_step(state, batch)
-            if pending:
-                log(*pending)
-                pending = None
-            if done == start_step + 1:
-                # The first step compiles, which is no measure of speed.
-                jax.block_until_ready(state)
-                throughput.restart(done)
-            writer.advance(done)
             last = done == config.train.steps
             stop = _agree(bool(received), done)
-            at_checkpoint = done % config.train.checkpoint_every == 0 or last or stop
-            at_eval = last or bool(config.train.eval_every) and done % config.train.eval_every == 0
-            if done % config.train.log_every == 0 or done == start_step + 1 or last or stop:
-                pending = done, values
-            if pending and (at_checkpoint or at_eval):
-                log(*pending)
-                pending = None
-            if at_eval and not stop:
-                evaluate(done)
-            if at_checkpoint:
-                checkpointer.save(state, {"data": identity, "tokens": done * tokens_per_step})
-            if at_checkpoint or at_eval:
-                throughput.restart(done)
+            save = last or stop or done % config.train.checkpoint_every == 0
+            record.trained(done, values, write=save or done % config.train.log_every == 0)
+            if not stop and (last or config.train.eval_every and done % config.train.eval_every == 0):
+                record.evaluated(done, evaluator(state.params))
+            if save:
+                record.flush()
+                checkpointer.save(state, {"data": identity, "tokens": done * record.tokens_per_step})
+                record.throughput.restart(done)
             if stop:
                 break
         checkpointer.wait()
     if stop:
-        name = signal.Signals(received[0]).name if received else "another process"
-        logger.info("stopped by %s: step %d is saved in %s; the same command goes on from there", name, done, run_dir)
-        return 128 + (received[0] if received else signal.SIGTERM)
-    learnt = f"training loss {losses[0]:.3f} -> {losses[-1]:.3f}"
-    if results:
-        learnt += f", held-out loss {results['eval/loss']:.3f} (perplexity {results['eval/perplexity']:.2f})"
-    if eval_rows and eval_rows.entropy:
-        learnt += f", of which {eval_rows.entropy:.3f} is chance that no model can learn"
-    print(f"{config.train.steps} steps, {config.train.steps * tokens_per_step:,} tokens in "
-          f"{(time.monotonic() - started) / 60:.1f} min: {learnt}; model in {run_dir}")
+        number = received[0] if received else signal.SIGTERM
+        logger.info("stopped by %s: step %d is saved in %s; the same command goes on from there",
+                    signal.Signals(number).name, done, run_dir)
+        return 128 + number
+    print(record.summary(eval_rows.entropy if eval_rows else None))
     return 0
+
+
+def _starting_state(config: Config, mesh: Any, checkpointer: Any, identity: dict[str, Any]) -> tuple[Any, Any]:
+    """The state from the first source of weights that there is, on the mesh, and its shardings."""
+    init_state = functools.partial(step.init_state, config)
+    abstract = jax.eval_shape(init_state)
+    shardings = sharding.tree_shardings(mesh, abstract)
+    run_dir, init_from = config.run.dir, config.run.init_from
+    latest = checkpointer.latest_step()
+    if latest is not None:
+        state = checkpointer.restore(latest, jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings))
+        _check_identity(checkpointer.metadata(latest)["data"], identity, run_dir)
+        logger.info("weights: going on from step %d of %s%s", latest, run_dir,
+                    "; run.init_from is not used" if init_from else "")
+        return state, shardings
+    state = jax.jit(init_state, out_shardings=shardings)()
+    if init_from:
+        state = dataclasses.replace(state, params=load.start_from(init_from, config.model, shardings.params))
+        logger.info("weights: of %s, at step 0", init_from)
+        with contextlib.suppress(UserError):    # weights may come without a tokenizer
+            if load.load_tokenizer(init_from).fingerprint != rows.read_manifest(config.prepared_dir)["tokenizer_sha256"]:
+                logger.warning("weights: %s has another tokenizer than %s: its ids mean other words", init_from,
+                               config.prepared_dir)
+    else:
+        logger.info("weights: random, from train.seed %d", config.train.seed)
+    return state, shardings
+
+
+class _Evaluator:
+    """The loss on held-out rows, by parameters."""
+
+    def __init__(self, config: Config, eval_rows: Any, batch_sharding: Any):
+        self._rows, self._sharding = eval_rows, batch_sharding
+        self._limit = config.train.eval_batches
+        self._batch_size = config.train.global_batch_size // config.train.gradient_accumulation_steps
+        self._step = jax.jit(functools.partial(step.eval_step, config))
+
+    def __call__(self, params: Any) -> dict[str, float]:
+        """'eval/loss' in nats a token and 'eval/perplexity'; nothing where there are no held-out rows."""
+        if self._rows is None:
+            return {}
+        nll = tokens = 0.0
+        for batch in data.eval_batches(self._rows, self._batch_size, self._sharding, self._limit):
+            batch_nll, batch_tokens = self._step(params, batch)
+            nll, tokens = nll + float(batch_nll), tokens + float(batch_tokens)
+        return {"eval/loss": nll / tokens, "eval/perplexity": math.exp(nll / tokens)}
+
+
+class _Record:
+    """A run's numbers: fetched a step late, so that devices never wait for it, checked, and written."""
+
+    def __init__(self, config: Config, start_step: int, checkpointer: Any):
+        self.throughput = metrics.Throughput(config)
+        self.tokens_per_step = config.train.global_batch_size * config.model.n_positions
+        self._config, self._start_step, self._checkpointer = config, start_step, checkpointer
+        self._writer = metrics.MetricWriter(config, start_step, write=jax.process_index() == 0)
+        self._pending: tuple[int, dict[str, Any]] | None = None
+        self._losses: list[float] = []
+        self._evaluated: dict[str, float] = {}
+        self._started = time.monotonic()
+
+    def trained(self, done: int, values: dict[str, Any], write: bool) -> None:
+        """Takes the numbers of step `done`, still being computed; `write` asks for a line of them."""
+        self.flush()
+        first = done == self._start_step + 1
+        if first or write:
+            self._pending = done, values
+        if first:
+            # The first step compiles, which is no measure of speed.
+            jax.block_until_ready(values)
+            self.throughput.restart(done)
+        self._writer.advance(done)
+
+    def flush(self) -> None:
+        """Fetches and writes the numbers taken last.
+
+        Raises:
+          UserError: one is not finite.
+        """
+        if self._pending is None:
+            return
+        done, values = self._pending
+        self._pending = None
+        numbers = {name: float(value) for name, value in values.items()}
+        loss, grad_norm = numbers["train/loss"], numbers["train/grad_norm"]
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise UserError(f"at step {done} the loss is {loss} and the gradient's norm {grad_norm}; the last checkpoint "
+                            f"is step {self._checkpointer.latest_step()} of {self._config.run.dir}. A lower "
+                            "optimizer.learning_rate or a longer optimizer.warmup_steps may help")
+        self._losses.append(loss)
+        self._writer.write(done, {"tokens": done * self.tokens_per_step} | numbers | self.throughput.read(done))
+
+    def evaluated(self, done: int, results: dict[str, float]) -> None:
+        """Takes the numbers of an evaluation after step `done`."""
+        self.flush()
+        if results:
+            self._evaluated = results
+            self._writer.write(done, {"tokens": done * self.tokens_per_step} | results)
+        self.throughput.restart(done)
+
+    def close(self) -> None:
+        """Writes out everything."""
+        self._writer.close()
+
+    def summary(self, entropy: float | None) -> str:
+        """What was learnt and where it lies, in one line."""
+        steps, minutes = self._config.train.steps, (time.monotonic() - self._started) / 60
+        learnt = f"training loss {self._losses[0]:.3f} -> {self._losses[-1]:.3f}"
+        if self._evaluated:
+            learnt += (f", held-out loss {self._evaluated['eval/loss']:.3f} (perplexity "
+                       f"{self._evaluated['eval/perplexity']:.2f})")
+            if entropy is not None:
+                learnt += f", of which {entropy:.3f} is chance that no model can learn"
+        return (f"step {steps:,}, {steps * self.tokens_per_step:,} tokens, {minutes:.1f} min: {learnt}; "
+                f"model in {self._config.run.dir}")
 
 
 def _check_run_folder(config: Config, run_dir: Path) -> None:
@@ -185,7 +241,7 @@ def _check_run_folder(config: Config, run_dir: Path) -> None:
                         "run.init_from starts it with the weights of this one")
 
 
-def _check_identity(saved: dict[str, Any], here: dict[str, Any], run_dir: Path) -> None:
+def _check_identity(saved: dict[str, Any], here: dict[str, Any], run_dir: str) -> None:
     differing = [f"{name} was {saved.get(name)}, is {value}" for name, value in here.items() if saved.get(name) != value]
     if differing:
         raise UserError(f"the rows are not those that {run_dir} was trained on: {'; '.join(differing)}")
@@ -204,8 +260,7 @@ def _stop_signal() -> Iterator[list[int]]:
     def receive(number: int, frame: Any) -> None:
         received.append(number)
         restore()
-        logging.getLogger("biomedlm_jax.train").info(
-            "%s: saving after this step; once more to end at once", signal.Signals(number).name)
+        logger.info("%s: saving after this step; once more to end at once", signal.Signals(number).name)
 
     for number in previous:
         signal.signal(number, receive)

@@ -11,7 +11,7 @@ from huggingface_models import make_tokenizer, read_folder, write_folder
 
 from biomedlm_jax import convert, load_model
 from biomedlm_jax import tokenizer as tokenizer_lib
-from biomedlm_jax.errors import run_command
+from biomedlm_jax.errors import UserError, run_command
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,9 @@ def test_a_model_without_tokenizer_is_converted_with_a_warning(tmp_path, monkeyp
     write_folder(tmp_path / "hf")
     assert command(monkeypatch, "from-hf", "--model", tmp_path / "hf", "--output", tmp_path / "run") == 0
     assert "WITHOUT A TOKENIZER" in capsys.readouterr().err
-    assert load_model(tmp_path / "run").tokenizer is None
+    model = load_model(tmp_path / "run")
+    with pytest.raises(UserError, match="tokenizer does not exist"):
+        print(model.tokenizer)
 
 
 def test_a_broken_tokenizer_does_not_pass_unnoticed(tmp_path, monkeypatch, capsys):
