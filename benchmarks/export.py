@@ -47,8 +47,12 @@ def export(run: Path, output: Path, dtype: str, format: str) -> dict:
 
     before = peak_bytes()
     written = huggingface.export(run, output, dtype=dtype, format=format)  # type: ignore[arg-type]
-    return {"imports_bytes": before, "total_bytes": written.total_bytes, "files": len(written.files),
-            "largest_file_bytes": max(file.stat().st_size for file in written.files)}
+    return {
+        "imports_bytes": before,
+        "total_bytes": written.total_bytes,
+        "files": len(written.files),
+        "largest_file_bytes": max(file.stat().st_size for file in written.files),
+    }
 
 
 def import_model(directory: Path, run: Path) -> dict:
@@ -102,9 +106,13 @@ def main() -> None:
                 results[f"import_{dtype}_{format}"] = run_stage("import_model", output, run)
             subprocess.run(["rm", "-r", output], check=True)
     packages = ("biomedlm_jax", "jax", "numpy", "orbax-checkpoint", "tensorstore", "safetensors", "torch")
-    report = {"command": " ".join(["python", *sys.argv]), "model": {**GPT2, "n_layer": args.layers}, "results": results,
-              "machine": {"platform": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count()},
-              "versions": {name: importlib.metadata.version(name) for name in packages}}
+    report = {
+        "command": " ".join(["python", *sys.argv]),
+        "model": {**GPT2, "n_layer": args.layers},
+        "results": results,
+        "machine": {"platform": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count()},
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     Path(args.output).write_text(json.dumps(report, indent=2) + "\n")
 

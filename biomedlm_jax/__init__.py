@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load_model(path: str | Path, step: int | None = None, *,
-               compute_dtype: Literal["float32", "bfloat16"] | None = None) -> LanguageModel:
+def load_model(
+    path: str | Path, step: int | None = None, *, compute_dtype: Literal["float32", "bfloat16"] | None = None
+) -> LanguageModel:
     """The model of a run's folder or of a Hugging Face GPT-2 folder: `load_model(path)(tokens) -> logits`.
 
     See `biomedlm_jax.load.load_model`, which is imported by the first call: the package itself imports nothing heavy.

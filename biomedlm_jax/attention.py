@@ -78,8 +78,9 @@ def _log_choice(implementation: str, limit: str) -> None:
     logger.info("attention: %s%s", implementation, f" (cudnn {limit})" if limit else "")
 
 
-def _reference(q: Array, k: Array, v: Array, scale: Array | float, mask: Array | None, dropout: float,
-               dropout_key: Array | None) -> Array:
+def _reference(
+    q: Array, k: Array, v: Array, scale: Array | float, mask: Array | None, dropout: float, dropout_key: Array | None
+) -> Array:
     """Scores and softmax in float32, products in the inputs' type: O(seq^2) memory."""
     seq = q.shape[1]
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * scale

@@ -40,7 +40,8 @@ class Checkpointer:
 
     def __init__(self, run_dir: str | Path, config: TrainConfig):
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep_last, keep_period=config.keep_every or None, enable_async_checkpointing=True)
+            max_to_keep=config.keep_last, keep_period=config.keep_every or None, enable_async_checkpointing=True
+        )
         self._manager = ocp.CheckpointManager(checkpoint_folder(run_dir), options=options)
 
     def latest_step(self) -> int | None:
@@ -55,9 +56,14 @@ class Checkpointer:
         """
         with self._failures_named():
             self._manager.check_for_errors()
-            self._manager.save(int(state.step), args=ocp.args.Composite(
-                params=_save_args(state.params), optimizer=_save_args(state.opt_state),
-                metadata=ocp.args.JsonSave(metadata)))
+            self._manager.save(
+                int(state.step),
+                args=ocp.args.Composite(
+                    params=_save_args(state.params),
+                    optimizer=_save_args(state.opt_state),
+                    metadata=ocp.args.JsonSave(metadata),
+                ),
+            )
 
     def metadata(self, step: int) -> dict[str, Any]:
         """What `save` was given beside the state."""
@@ -73,12 +79,18 @@ class Checkpointer:
         """
         folder = Path(self._manager.directory) / str(step)
         if not (folder / "optimizer").exists():
-            raise UserError(f"{folder} holds weights without an optimizer state: start from it with run.init_from "
-                            "and another run.dir")
+            raise UserError(
+                f"{folder} holds weights without an optimizer state: start from it with run.init_from "
+                "and another run.dir"
+            )
         with _explained(folder):
-            restored = self._manager.restore(step, args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract_state.params),
-                optimizer=ocp.args.StandardRestore(abstract_state.opt_state)))
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(abstract_state.params),
+                    optimizer=ocp.args.StandardRestore(abstract_state.opt_state),
+                ),
+            )
         step_array = jax.device_put(jax.numpy.asarray(step, jax.numpy.int32), abstract_state.step.sharding)
         return TrainState(step_array, restored.params, restored.optimizer)
 
@@ -97,9 +109,10 @@ class Checkpointer:
         try:
             yield
         except Exception as error:
-            raise UserError(f"saving to {self._manager.directory} failed ({_reason(error)}); the last complete checkpoint is "
-                            f"step {self._manager.latest_step()}: make room, and the same command goes on from it"
-                            ) from error
+            raise UserError(
+                f"saving to {self._manager.directory} failed ({_reason(error)}); the last complete checkpoint is "
+                f"step {self._manager.latest_step()}: make room, and the same command goes on from it"
+            ) from error
 
     def close(self) -> None:
         """Waits for saves under way and frees what the manager holds."""
@@ -151,16 +164,21 @@ def restore_params(folder: Path, config: ModelConfig, shardings: Params | None =
     abstract = jax.eval_shape(lambda: init_params(config, 0))
     if shardings is None:
         shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract)
-    abstract = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract,
-                            shardings)
+    abstract = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract, shardings
+    )
     with _explained(folder), ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(folder, abstract)
 
 
 def _save_args(tree: Any) -> ocp.args.StandardSave:
     # Only stacks of kernels have three axes; Orbax would cut the largest axes, and each piece would hold all layers.
-    return ocp.args.StandardSave(tree, save_args=jax.tree.map(
-        lambda x: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if x.ndim == 3 else ()), tree))
+    return ocp.args.StandardSave(
+        tree,
+        save_args=jax.tree.map(
+            lambda x: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if x.ndim == 3 else ()), tree
+        ),
+    )
 
 
 @contextlib.contextmanager
@@ -169,7 +187,9 @@ def _explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise UserError(f"cannot read the checkpoint {folder} ({_reason(error)}); an older step may be whole") from error
+        raise UserError(
+            f"cannot read the checkpoint {folder} ({_reason(error)}); an older step may be whole"
+        ) from error
 
 
 def _reason(error: BaseException) -> str:

@@ -72,8 +72,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "unroll"):
             _require(getattr(self, name) >= 1, f"model.{name} must be at least 1, not {getattr(self, name)}")
-        _require(self.n_embd % self.n_head == 0,
-                 f"model.n_head must divide model.n_embd: {self.n_embd} / {self.n_head} is not a whole number")
+        _require(
+            self.n_embd % self.n_head == 0,
+            f"model.n_head must divide model.n_embd: {self.n_embd} / {self.n_head} is not a whole number",
+        )
         for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
             _require(0 <= getattr(self, name) < 1, f"model.{name} must be in [0, 1), not {getattr(self, name)}")
 
@@ -106,9 +108,13 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.source != "synthetic":
-            _require(bool(as_paths(self.train_files)) or bool(self.dir),
-                     f"data.source {self.source} needs data.train_files, or data.dir of rows prepared before")
-        _require(0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction must be in [0, 1], not {self.max_bad_fraction}")
+            _require(
+                bool(as_paths(self.train_files)) or bool(self.dir),
+                f"data.source {self.source} needs data.train_files, or data.dir of rows prepared before",
+            )
+        _require(
+            0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction must be in [0, 1], not {self.max_bad_fraction}"
+        )
         for name in ("synthetic_documents", "synthetic_eval_documents", "reader_threads"):
             _require(getattr(self, name) >= 1, f"data.{name} must be at least 1, not {getattr(self, name)}")
 
@@ -155,7 +161,9 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         _require(self.replica >= 1, f"mesh.replica must be at least 1, not {self.replica}")
-        _require(self.fsdp >= 1 or self.fsdp == -1, f"mesh.fsdp must be at least 1, or -1 for the rest, not {self.fsdp}")
+        _require(
+            self.fsdp >= 1 or self.fsdp == -1, f"mesh.fsdp must be at least 1, or -1 for the rest, not {self.fsdp}"
+        )
 
 
 @dataclass(frozen=True)
@@ -186,14 +194,22 @@ class TrainConfig:
     """Checkpoints at multiples of this many steps are kept forever; 0 keeps none beyond keep_last."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every",
-                     "keep_last"):
+        for name in (
+            "steps",
+            "global_batch_size",
+            "gradient_accumulation_steps",
+            "log_every",
+            "checkpoint_every",
+            "keep_last",
+        ):
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}")
         for name in ("seed", "loss_chunk", "eval_every", "eval_batches", "keep_every"):
             _require(getattr(self, name) >= 0, f"train.{name} must not be negative, not {getattr(self, name)}")
-        _require(self.global_batch_size % self.gradient_accumulation_steps == 0,
-                 f"train.gradient_accumulation_steps must divide train.global_batch_size: {self.global_batch_size} / "
-                 f"{self.gradient_accumulation_steps} is not a whole number")
+        _require(
+            self.global_batch_size % self.gradient_accumulation_steps == 0,
+            f"train.gradient_accumulation_steps must divide train.global_batch_size: {self.global_batch_size} / "
+            f"{self.gradient_accumulation_steps} is not a whole number",
+        )
 
 
 @dataclass(frozen=True)
@@ -203,7 +219,7 @@ class RunConfig:
     dir: str = ""
     """Folder of the run: configuration, metrics, checkpoints. Started again on the same folder, a run goes on."""
     init_from: str = ""
-    """Start from the weights of another run's folder or of a Hugging Face GPT-2 folder; a checkpoint in run.dir wins."""
+    """Start from the weights of another run's folder or a Hugging Face GPT-2 folder; a checkpoint in run.dir wins."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
     wandb_project: str = ""
@@ -222,12 +238,16 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        _require(self.optimizer.warmup_steps < self.train.steps,
-                 f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be below train.steps ({self.train.steps})")
+        _require(
+            self.optimizer.warmup_steps < self.train.steps,
+            f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be below train.steps ({self.train.steps})",
+        )
         chunk = self.train.loss_chunk
-        _require(not chunk or self.model.n_positions % chunk == 0,
-                 f"train.loss_chunk must divide model.n_positions: {self.model.n_positions} / {chunk or 1} "
-                 "is not a whole number")
+        _require(
+            not chunk or self.model.n_positions % chunk == 0,
+            f"train.loss_chunk must divide model.n_positions: {self.model.n_positions} / {chunk or 1} "
+            "is not a whole number",
+        )
 
     @property
     def prepared_dir(self) -> Path:
@@ -240,8 +260,9 @@ class _Parser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         message = " ".join(str(message).split()).replace("Parser key ", "")
-        unknown = (re.search(r"unrecognized arguments: --([\w.]+)", message)
-                   or re.search(r"Option '([\w.]+)' is not accepted", message))
+        unknown = re.search(r"unrecognized arguments: --([\w.]+)", message) or re.search(
+            r"Option '([\w.]+)' is not accepted", message
+        )
         in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
         if unknown or in_group:
             key = unknown[1] if unknown else f"{in_group[1]}.{in_group[2]}" if in_group else ""
@@ -250,17 +271,22 @@ class _Parser(jsonargparse.ArgumentParser):
 
 
 def _setting_names() -> list[str]:
-    return [f"{group.name}.{leaf.name}" for group in dataclasses.fields(Config)
-            for leaf in dataclasses.fields(group.default_factory)]  # type: ignore[arg-type]
+    return [
+        f"{group.name}.{leaf.name}"
+        for group in dataclasses.fields(Config)
+        for leaf in dataclasses.fields(group.default_factory)
+    ]  # type: ignore[arg-type]
 
 
 def _nearest(key: str) -> str:
     names = _setting_names()
     leaf = key.rpartition(".")[2]
-    close = (difflib.get_close_matches(key, names, n=1, cutoff=0.7)
-             or [name for name in names if name.partition(".")[2] == leaf]
-             or difflib.get_close_matches(key, [name.partition(".")[0] for name in names], n=1)
-             or difflib.get_close_matches(key, names, n=1, cutoff=0.4))
+    close = (
+        difflib.get_close_matches(key, names, n=1, cutoff=0.7)
+        or [name for name in names if name.partition(".")[2] == leaf]
+        or difflib.get_close_matches(key, [name.partition(".")[0] for name in names], n=1)
+        or difflib.get_close_matches(key, names, n=1, cutoff=0.4)
+    )
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -309,16 +335,26 @@ def _instantiate(parser: _Parser, namespace: jsonargparse.Namespace) -> Config:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Writes every setting to a YAML file that `--config` and `load_config` read back."""
-    values = {group: {key: list(value) if isinstance(value, tuple) else value for key, value in section.items()}
-              for group, section in dataclasses.asdict(config).items()}
+    values = {
+        group: {key: list(value) if isinstance(value, tuple) else value for key, value in section.items()}
+        for group, section in dataclasses.asdict(config).items()
+    }
     Path(path).write_text(yaml.safe_dump(values, sort_keys=False, width=120))
 
 
 # Settings that may change when a run goes on: they decide how and where it is computed, not what.
 _MAY_CHANGE = {
     "model": {"attention", "remat", "unroll"},
-    "train": {"gradient_accumulation_steps", "loss_chunk", "log_every", "eval_every", "eval_batches", "checkpoint_every",
-              "keep_last", "keep_every"},
+    "train": {
+        "gradient_accumulation_steps",
+        "loss_chunk",
+        "log_every",
+        "eval_every",
+        "eval_batches",
+        "checkpoint_every",
+        "keep_last",
+        "keep_every",
+    },
 }
 
 
@@ -330,6 +366,9 @@ def differences(before: Config, after: Config) -> list[str]:
     found = []
     for group in ("model", "optimizer", "train"):
         old, new = (dataclasses.asdict(getattr(config, group)) for config in (before, after))
-        found += [f"{group}.{name} was {old[name]}, is {new[name]}" for name in new
-                  if name not in _MAY_CHANGE.get(group, ()) and old[name] != new[name]]
+        found += [
+            f"{group}.{name} was {old[name]}, is {new[name]}"
+            for name in new
+            if name not in _MAY_CHANGE.get(group, ()) and old[name] != new[name]
+        ]
     return found

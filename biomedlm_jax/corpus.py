@@ -70,9 +70,14 @@ class ReadReport:
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON can hold it."""
-        return {"documents": self.documents, "bytes": self.bytes, "dropped": dict(self.dropped),
-                "replaced_surrogates": self.replaced_surrogates, "bad_fraction": self.bad_fraction,
-                "samples": {reason: list(places) for reason, places in self.samples.items()}}
+        return {
+            "documents": self.documents,
+            "bytes": self.bytes,
+            "dropped": dict(self.dropped),
+            "replaced_surrogates": self.replaced_surrogates,
+            "bad_fraction": self.bad_fraction,
+            "samples": {reason: list(places) for reason, places in self.samples.items()},
+        }
 
     def drop(self, reason: Reason, file: str, line: int) -> None:
         """Counts a record that is left out."""
@@ -94,15 +99,19 @@ def expand_globs(patterns: Sequence[str]) -> list[str]:
         matches = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
         found = [match for match in matches if os.path.isfile(match)]
         if not found:
-            hint = f"it is a folder, write {pattern.rstrip('/')}/* for its files" if os.path.isdir(pattern) else (
-                f"the current folder is {os.getcwd()}")
+            hint = (
+                f"it is a folder, write {pattern.rstrip('/')}/* for its files"
+                if os.path.isdir(pattern)
+                else (f"the current folder is {os.getcwd()}")
+            )
             raise UserError(f"{pattern!r} matches no file ({hint})")
         files.update(found)
     return sorted(files)
 
 
-def read_documents(source: str, files: Sequence[str], report: ReadReport,
-                   pile_sets: Sequence[str] = PUBMED_SETS) -> Iterator[Document]:
+def read_documents(
+    source: str, files: Sequence[str], report: ReadReport, pile_sets: Sequence[str] = PUBMED_SETS
+) -> Iterator[Document]:
     """The documents of `files`, in their order.
 
     Each file may be plain, gzip or zstd; its content tells, not its name.
@@ -208,8 +217,10 @@ def _chunks(file: str) -> Iterator[bytes]:
                 yield chunk
                 newlines += chunk.count(b"\n")
         except (EOFError, zlib.error, zstandard.ZstdError) as error:
-            raise UserError(f"{file}: the archive is corrupt or truncated soon after line {newlines} ({error}); "
-                            "fetch it again, or leave it out") from error
+            raise UserError(
+                f"{file}: the archive is corrupt or truncated soon after line {newlines} ({error}); "
+                "fetch it again, or leave it out"
+            ) from error
 
 
 def _decompressed(raw: BinaryIO, head: bytes) -> Iterator[bytes]:

@@ -25,8 +25,9 @@ def train_rows(rows: Rows, seed: int) -> grain.MapDataset[dict[str, np.ndarray]]
     return grain.MapDataset.source(rows.source).seed(seed).shuffle().repeat()
 
 
-def train_batches(rows: Rows, seed: int, batch_size: int, start_step: int, stop_step: int, sharding: NamedSharding,
-                  threads: int) -> Iterator[Batch]:
+def train_batches(
+    rows: Rows, seed: int, batch_size: int, start_step: int, stop_step: int, sharding: NamedSharding, threads: int
+) -> Iterator[Batch]:
     """The batches of steps start_step, ..., stop_step - 1, read ahead by threads.
 
     Each process reads only the rows that its own devices hold.
@@ -64,8 +65,9 @@ def eval_batches(rows: Rows, batch_size: int, sharding: NamedSharding, limit: in
         for slot, index in zip(np.flatnonzero(inside), indices[inside], strict=True):
             tokens[slot] = rows.source[int(index)]["tokens"]
         mask = indices[:, None] * shape[1] + np.arange(shape[1]) < rows.tokens
-        yield jax.tree.map(functools.partial(jax.make_array_from_process_local_data, sharding, global_shape=shape),
-                           Batch(tokens, mask))  # type: ignore[arg-type]
+        yield jax.tree.map(
+            functools.partial(jax.make_array_from_process_local_data, sharding, global_shape=shape), Batch(tokens, mask)
+        )  # type: ignore[arg-type]
 
 
 def eval_batch_count(rows: Rows, batch_size: int, limit: int = 0) -> int:
@@ -76,8 +78,13 @@ def eval_batch_count(rows: Rows, batch_size: int, limit: int = 0) -> int:
 
 def identity(rows: Rows, seed: int, batch_size: int) -> dict[str, Any]:
     """What the sequence of batches depends on; a run may go on only where it is unchanged."""
-    return {"rows_sha256": rows.fingerprint, "rows": len(rows), "n_positions": rows.n_positions, "seed": seed,
-            "global_batch_size": batch_size}
+    return {
+        "rows_sha256": rows.fingerprint,
+        "rows": len(rows),
+        "n_positions": rows.n_positions,
+        "seed": seed,
+        "global_batch_size": batch_size,
+    }
 
 
 def _local_rows(sharding: NamedSharding, shape: tuple[int, int]) -> np.ndarray:

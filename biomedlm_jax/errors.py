@@ -31,13 +31,14 @@ def run_command(main: Callable[[], int | None]) -> None:
     """
     package_logger = logging.getLogger("biomedlm_jax")
     package_logger.setLevel(logging.INFO)
-    package_logger.propagate = False    # libraries set up the root logger, too
+    package_logger.propagate = False  # libraries set up the root logger, too
     package_logger.addHandler(_AboveProgressBars())
     # Orbax logs a traceback for every failure, which it also raises, and which is named below; and TensorStore's
     # threads then find its event loop closed.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda what: (
-        None if "Event loop is closed" in str(what.exc_value) else sys.__unraisablehook__(what))
+        None if "Event loop is closed" in str(what.exc_value) else sys.__unraisablehook__(what)
+    )
     try:
         sys.exit(main())
     except UserError as error:

@@ -1,6 +1,6 @@
 """Command: loss and perplexity of a model on held-out text.
 
-    python -m biomedlm_jax.evaluate --checkpoint RUN --data FILE...
+python -m biomedlm_jax.evaluate --checkpoint RUN --data FILE...
 """
 
 import argparse
@@ -25,30 +25,52 @@ with epy.lazy_imports():
 
 def main() -> None:
     """Prints what the model makes of the text, and writes it to `--output`."""
-    parser = argparse.ArgumentParser(prog="python -m biomedlm_jax.evaluate", description=(
-        "Loss and perplexity on held-out text. Documents are joined with the end-of-text token and read in rows of the "
-        "model's n_positions; the first token of a row is not predicted."))
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="folder of a run, or a Hugging Face GPT-2 folder")
+    parser = argparse.ArgumentParser(
+        prog="python -m biomedlm_jax.evaluate",
+        description=(
+            "Loss and perplexity on held-out text. Documents are joined with the end-of-text token, and read in rows of "
+            "the model's n_positions; the first token of a row is not predicted."
+        ),
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="folder of a run, or a Hugging Face GPT-2 folder"
+    )
     parser.add_argument("--step", type=int, metavar="N", help="which checkpoint of a run (default: the newest)")
-    parser.add_argument("--data", required=True, nargs="+", metavar="GLOB",
-                        help="The Pile's JSON lines (.jsonl, .jsonl.gz, .jsonl.zst), or plain text")
-    parser.add_argument("--pile-sets", nargs="+", default=["PubMed Abstracts", "PubMed Central"], metavar="SET",
-                        help="which of The Pile's sets to keep (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="ROWS", help="rows a step and device (default: %(default)s)")
+    parser.add_argument(
+        "--data",
+        required=True,
+        nargs="+",
+        metavar="GLOB",
+        help="The Pile's JSON lines (.jsonl, .jsonl.gz, .jsonl.zst), or plain text",
+    )
+    parser.add_argument(
+        "--pile-sets",
+        nargs="+",
+        default=["PubMed Abstracts", "PubMed Central"],
+        metavar="SET",
+        help="which of The Pile's sets to keep (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=8, metavar="ROWS", help="rows a step and device (default: %(default)s)"
+    )
     parser.add_argument("--output", metavar="FILE", help="also write the numbers to this JSON file")
     args = parser.parse_args()
     if args.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, not {args.batch_size}")
-    results = evaluate(args.checkpoint, args.data, step_number=args.step, pile_sets=args.pile_sets,
-                       batch_size=args.batch_size)
+    results = evaluate(
+        args.checkpoint, args.data, step_number=args.step, pile_sets=args.pile_sets, batch_size=args.batch_size
+    )
     if args.output:
         Path(args.output).write_text(json.dumps(results, indent=2) + "\n")
-    print(f"{results['documents']:,} documents, {results['tokens']:,} tokens: loss {results['loss']:.4f} nats a token, "
-          f"perplexity {results['perplexity']:.2f}, {results['bits_per_byte']:.4f} bits a byte")
+    print(
+        f"{results['documents']:,} documents, {results['tokens']:,} tokens: loss {results['loss']:.4f} nats a token, "
+        f"perplexity {results['perplexity']:.2f}, {results['bits_per_byte']:.4f} bits a byte"
+    )
 
 
-def evaluate(path: str | Path, patterns: list[str], *, step_number: int | None = None,
-             pile_sets: list[str], batch_size: int) -> dict[str, Any]:
+def evaluate(
+    path: str | Path, patterns: list[str], *, step_number: int | None = None, pile_sets: list[str], batch_size: int
+) -> dict[str, Any]:
     """Loss of the model in `path` over the text in `patterns`.
 
     Args:
@@ -78,13 +100,22 @@ def evaluate(path: str | Path, patterns: list[str], *, step_number: int | None =
     eval_step = jax.jit(functools.partial(step.eval_step, config))
     nll = tokens = 0.0
     batches = data.eval_batches(held_out, batch_size * devices, sharding.batch_sharding(mesh))
-    for batch in tqdm(batches, desc="evaluating", unit=" batches", disable=None,
-                      total=data.eval_batch_count(held_out, batch_size * devices)):
+    for batch in tqdm(
+        batches,
+        desc="evaluating",
+        unit=" batches",
+        disable=None,
+        total=data.eval_batch_count(held_out, batch_size * devices),
+    ):
         batch_nll, batch_tokens = eval_step(params, batch)
         nll, tokens = nll + float(batch_nll), tokens + float(batch_tokens)
     loss = nll / tokens
-    return {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": nll / math.log(2) / report.bytes,
-            "tokens": int(tokens)} | report.as_dict()
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "bits_per_byte": nll / math.log(2) / report.bytes,
+        "tokens": int(tokens),
+    } | report.as_dict()
 
 
 def _read_rows(patterns: list[str], tokenizer: Any, n_positions: int, report: Any, pile_sets: list[str]) -> Any:
@@ -93,7 +124,9 @@ def _read_rows(patterns: list[str], tokenizer: Any, n_positions: int, report: An
     for file in corpus.expand_globs(patterns):
         source = "pile" if ".json" in Path(file).name else "text"
         documents += corpus.read_documents(source, [file], report, pile_sets)
-    packed = list(rows.pack_rows(tqdm(documents, desc="encoding", unit=" documents", disable=None), tokenizer, n_positions))
+    packed = list(
+        rows.pack_rows(tqdm(documents, desc="encoding", unit=" documents", disable=None), tokenizer, n_positions)
+    )
     tokens = sum(map(len, packed))
     if tokens < 2:
         raise UserError(f"{' '.join(patterns)}: no text to evaluate; left out: {dict(report.dropped)}")

@@ -59,21 +59,45 @@ _IGNORED = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 
 # Every field of transformers' GPT2Config and its default, which is what a missing field means.
 _GPT2_CONFIG: dict[str, Any] = {
-    "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
-    "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": None,
-    "embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1, "layer_norm_epsilon": 1e-5, "initializer_range": 0.02,
-    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
-    "add_cross_attention": False, "tie_word_embeddings": True, "use_cache": True,
-    "summary_type": "cls_index", "summary_use_proj": True, "summary_activation": None, "summary_proj_to_labels": True,
-    "summary_first_dropout": 0.1, "bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": None,
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "vocab_size": 50257,
+    "n_positions": 1024,
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+    "n_inner": None,
+    "embd_pdrop": 0.1,
+    "attn_pdrop": 0.1,
+    "resid_pdrop": 0.1,
+    "layer_norm_epsilon": 1e-5,
+    "initializer_range": 0.02,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+    "use_cache": True,
+    "summary_type": "cls_index",
+    "summary_use_proj": True,
+    "summary_activation": None,
+    "summary_proj_to_labels": True,
+    "summary_first_dropout": 0.1,
+    "bos_token_id": 50256,
+    "eos_token_id": 50256,
+    "pad_token_id": None,
 }
 # Those that are settings of the model here, under the same names.
 _MODEL_FIELDS = [field.name for field in dataclasses.fields(ModelConfig) if field.name in _GPT2_CONFIG]
 # Those that this model has only one value of. reorder_and_upcast_attn is free: it orders the same computation
 # otherwise, in float32, which is what we do anyway.
 _FIXED_FIELDS: dict[str, tuple[Any, ...]] = {
-    "model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
-    "scale_attn_weights": (True,), "add_cross_attention": (False,), "tie_word_embeddings": (True,),
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
+    "scale_attn_weights": (True,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
 }
 
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -116,8 +140,12 @@ def tensors(config: ModelConfig) -> list[Tensor]:
     """The model's tensors in the order of GPT2Model's state_dict, with names that have no prefix."""
     shapes = parameter_shapes(config)
     whole = [Tensor(TENSORS[path], path, None, shape) for path, shape in shapes.items() if not path.startswith("h/")]
-    layers = [Tensor(TENSORS[path].format(layer), path, layer, shape[1:])
-              for layer in range(config.n_layer) for path, shape in shapes.items() if path.startswith("h/")]
+    layers = [
+        Tensor(TENSORS[path].format(layer), path, layer, shape[1:])
+        for layer in range(config.n_layer)
+        for path, shape in shapes.items()
+        if path.startswith("h/")
+    ]
     return whole[:2] + layers + whole[2:]
 
 
@@ -135,8 +163,11 @@ def read_config(directory: str | Path) -> ModelConfig:
     """
     raw = weights.read_json(Path(directory) / "config.json")
     fields = {**_GPT2_CONFIG, **raw}
-    problems = [f"{name} is {fields[name]!r}, and this model has {' or '.join(map(repr, allowed))} only"
-                for name, allowed in _FIXED_FIELDS.items() if fields[name] not in allowed]
+    problems = [
+        f"{name} is {fields[name]!r}, and this model has {' or '.join(map(repr, allowed))} only"
+        for name, allowed in _FIXED_FIELDS.items()
+        if fields[name] not in allowed
+    ]
     for name in _MODEL_FIELDS:
         kinds = (int, float) if isinstance(_GPT2_CONFIG[name], float) else (type(_GPT2_CONFIG[name]),)
         if type(fields[name]) not in kinds:
@@ -147,8 +178,10 @@ def read_config(directory: str | Path) -> ModelConfig:
         raise UserError(f"{directory}/config.json describes a model that cannot be converted: {'; '.join(problems)}")
     saved_in = fields.get("dtype", fields.get("torch_dtype"))
     try:
-        return ModelConfig(**{name: fields[name] for name in _MODEL_FIELDS},
-                           compute_dtype="bfloat16" if saved_in in ("bfloat16", "float16") else "float32")
+        return ModelConfig(
+            **{name: fields[name] for name in _MODEL_FIELDS},
+            compute_dtype="bfloat16" if saved_in in ("bfloat16", "float16") else "float32",
+        )
     except UserError as error:
         raise UserError(f"{directory}/config.json: {error}") from error
 
@@ -164,8 +197,11 @@ def _write_configs(run_dir: Path, output: Path, config: ModelConfig, dtype: Dtyp
     else:
         fields = {**_GPT2_CONFIG, **dict.fromkeys(_SPECIAL_IDS, eos_id), "dtype": dtype}
     # A field that means what it meant stays as it was written, or absent.
-    fields |= {name: getattr(config, name) for name in _MODEL_FIELDS
-               if fields.get(name, _GPT2_CONFIG[name]) != getattr(config, name)}
+    fields |= {
+        name: getattr(config, name)
+        for name in _MODEL_FIELDS
+        if fields.get(name, _GPT2_CONFIG[name]) != getattr(config, name)
+    }
     fields |= {name: dtype for name in ("dtype", "torch_dtype") if name in fields}
     weights.write_json(output / "config.json", fields)
     if (memory / "generation_config.json").is_file():
@@ -202,8 +238,9 @@ def _checked_entries(directory: Path) -> tuple[ModelConfig, dict[str, Entry]]:
     return config, entries
 
 
-def _read_entries(directory: Path, config: ModelConfig, entries: dict[str, Entry]
-                  ) -> Iterator[tuple[Tensor, np.ndarray]]:
+def _read_entries(
+    directory: Path, config: ModelConfig, entries: dict[str, Entry]
+) -> Iterator[tuple[Tensor, np.ndarray]]:
     """Every tensor of the model, in float32; says so if there is another head beside them."""
     expected = tensors(config)
     with _progress(f"reading {directory}", sum(math.prod(tensor.shape) * 4 for tensor in expected)) as progress:
@@ -230,8 +267,11 @@ def _check(directory: Path, entries: dict[str, Entry], expected: list[Tensor], p
             problems.append(f"{name} has type {entry.dtype}, not {', '.join(_DTYPES)}")
     if problems:
         more = [f"... and {len(problems) - _PROBLEMS_SHOWN} more"] if len(problems) > _PROBLEMS_SHOWN else []
-        raise UserError("\n  ".join([f"the tensors in {directory} are not those of its config.json:",
-                                     *problems[:_PROBLEMS_SHOWN], *more]))
+        raise UserError(
+            "\n  ".join(
+                [f"the tensors in {directory} are not those of its config.json:", *problems[:_PROBLEMS_SHOWN], *more]
+            )
+        )
 
 
 def _strip_prefix(named: Iterable[tuple[str, Entry]]) -> tuple[dict[str, Entry], list[str]]:
@@ -252,9 +292,16 @@ def _compare_head(directory: Path, head: np.ndarray, wte: np.ndarray) -> None:
         differing += int((difference != 0).any(axis=1).sum())
         largest = max(largest, float(difference.max()))
     if differing:
-        logger.warning("%s: %s differs from %swte.weight in %d of %d rows, by up to %g; it is left out and the "
-                        "embedding is used, as Hugging Face does when it ties the two",
-                        directory, HEAD, PREFIX, differing, len(wte), largest)
+        logger.warning(
+            "%s: %s differs from %swte.weight in %d of %d rows, by up to %g; it is left out and the "
+            "embedding is used, as Hugging Face does when it ties the two",
+            directory,
+            HEAD,
+            PREFIX,
+            differing,
+            len(wte),
+            largest,
+        )
 
 
 # ------------------------------------------------------------------------------------------------- between the two
@@ -288,8 +335,15 @@ def import_model(directory: str | Path, run_dir: str | Path) -> ModelConfig:
     return config
 
 
-def export(run_dir: str | Path, output: str | Path, *, step: int | None = None, dtype: Dtype = "float32",
-           format: Format = "safetensors", max_shard_bytes: float = 5e9) -> Export:
+def export(
+    run_dir: str | Path,
+    output: str | Path,
+    *,
+    step: int | None = None,
+    dtype: Dtype = "float32",
+    format: Format = "safetensors",
+    max_shard_bytes: float = 5e9,
+) -> Export:
     """Writes a run's checkpoint as a folder that `transformers.AutoModelForCausalLM` and `AutoTokenizer` load.
 
     As transformers writes them: safetensors hold no `lm_head.weight`, which is tied; pytorch_model.bin holds it as
@@ -314,12 +368,22 @@ def export(run_dir: str | Path, output: str | Path, *, step: int | None = None, 
     size = sum(math.prod(tensor.shape) for tensor in all_tensors) * jnp.dtype(dtype).itemsize
     with _complete_folder(output) as folder, _progress(f"writing {output}", size) as progress:
         values = _read_all(all_tensors, arrays, dtype, progress)
-        files = weights.write_shards(folder, named, values, dtype=dtype, format=format, max_shard_bytes=max_shard_bytes,
-                                     aliases={HEAD: PREFIX + "wte.weight"})
+        files = weights.write_shards(
+            folder,
+            named,
+            values,
+            dtype=dtype,
+            format=format,
+            max_shard_bytes=max_shard_bytes,
+            aliases={HEAD: PREFIX + "wte.weight"},
+        )
         _write_configs(run_dir, folder, config, dtype)
         if (run_dir / checkpoint.TOKENIZER_FOLDER).is_dir():
-            tokenizer.export_tokenizer(tokenizer.load_tokenizer(run_dir / checkpoint.TOKENIZER_FOLDER), folder,
-                                       model_max_length=config.n_positions)
+            tokenizer.export_tokenizer(
+                tokenizer.load_tokenizer(run_dir / checkpoint.TOKENIZER_FOLDER),
+                folder,
+                model_max_length=config.n_positions,
+            )
         else:
             logger.warning("%s has no tokenizer, and neither has what is exported", run_dir)
     return Export(size, [Path(output) / name for name in files])
@@ -341,8 +405,9 @@ def create_checkpoint(run_dir: Path, config: ModelConfig) -> dict[str, tensorsto
         # Otherwise zeros would be left out of the files, as Orbax never does.
         spec = {"driver": place["driver"], "kvstore": place["kvstore"], "store_data_equal_to_fill_value": True}
         chunk = tensorstore.ChunkLayout(write_chunk_shape=(1, *shape[1:]) if path.startswith("h/") else shape)
-        arrays[path] = tensorstore.open(spec, create=True, delete_existing=True, shape=shape, dtype=seed.dtype,
-                                        codec=seed.codec, chunk_layout=chunk).result()
+        arrays[path] = tensorstore.open(
+            spec, create=True, delete_existing=True, shape=shape, dtype=seed.dtype, codec=seed.codec, chunk_layout=chunk
+        ).result()
     return arrays
 
 
@@ -353,8 +418,9 @@ def _open_arrays(folder: Path) -> dict[str, tensorstore.TensorStore]:
     try:
         return {path: tensorstore.open(spec).result() for path, spec in specs.items()}
     except ValueError as error:
-        raise UserError(f"cannot read the checkpoint {folder}: {str(error).splitlines()[0]}; an older step may be whole"
-                        ) from error
+        raise UserError(
+            f"cannot read the checkpoint {folder}: {str(error).splitlines()[0]}; an older step may be whole"
+        ) from error
 
 
 def _open_checkpoint(folder: Path, config: ModelConfig) -> dict[str, tensorstore.TensorStore]:
@@ -365,15 +431,18 @@ def _open_checkpoint(folder: Path, config: ModelConfig) -> dict[str, tensorstore
     return arrays
 
 
-def _read_all(all_tensors: list[Tensor], arrays: dict[str, tensorstore.TensorStore], dtype: Dtype,
-              progress: tqdm) -> Iterator[np.ndarray]:
+def _read_all(
+    all_tensors: list[Tensor], arrays: dict[str, tensorstore.TensorStore], dtype: Dtype, progress: tqdm
+) -> Iterator[np.ndarray]:
     for tensor in all_tensors:
         value = tensor.of(arrays).read().result()
         with np.errstate(over="ignore"):
             cast = value.astype(jnp.dtype(dtype))
         if not np.array_equal(np.isfinite(cast), np.isfinite(value)):
-            raise UserError(f"{PREFIX}{tensor.name} has values up to {np.nanmax(np.abs(value)):g}, beyond the range of "
-                            f"{dtype}: export another type")
+            raise UserError(
+                f"{PREFIX}{tensor.name} has values up to {np.nanmax(np.abs(value)):g}, beyond the range of "
+                f"{dtype}: export another type"
+            )
         progress.update(cast.nbytes)
         yield cast
 

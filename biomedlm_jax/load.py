@@ -40,8 +40,9 @@ class LanguageModel:
         """
         return tokenizer_lib.load_tokenizer(self._tokenizer_dir)
 
-    def __call__(self, tokens: Any, attention_mask: Any = None, position_ids: Any = None
-                 ) -> Float[Array, "batch seq vocab"]:
+    def __call__(
+        self, tokens: Any, attention_mask: Any = None, position_ids: Any = None
+    ) -> Float[Array, "batch seq vocab"]:
         """Logits in float32, without dropout; compiled once for each shape.
 
         Args:
@@ -58,8 +59,10 @@ class LanguageModel:
         config = self.config
         ids = _integers("tokens", tokens, config.vocab_size, "vocabulary", None)
         if ids.shape[1] > config.n_positions:
-            raise UserError(f"tokens: {ids.shape[1]} in a row, and the model reads up to {config.n_positions}; "
-                            "shorten the rows or split them")
+            raise UserError(
+                f"tokens: {ids.shape[1]} in a row, and the model reads up to {config.n_positions}; "
+                "shorten the rows or split them"
+            )
         mask = positions = None
         if attention_mask is not None:
             mask = _integers("attention_mask", attention_mask, 2, "mask", ids.shape).astype(bool)
@@ -71,9 +74,13 @@ class LanguageModel:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(config: ModelConfig, params: Params, tokens: Int[Array, "batch seq"],
-            mask: Bool[Array, "batch seq"] | None, positions: Int[Array, "batch seq"] | None
-            ) -> Float[Array, "batch seq vocab"]:
+def _logits(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "batch seq"],
+    mask: Bool[Array, "batch seq"] | None,
+    positions: Int[Array, "batch seq"] | None,
+) -> Float[Array, "batch seq vocab"]:
     return model_lib.merge(config, params)(tokens, attention_mask=mask, position_ids=positions)
 
 
@@ -95,8 +102,9 @@ def _integers(name: str, values: Any, limit: int, what: str, shape: tuple[int, .
     return array.astype(np.int32)
 
 
-def load_model(path: str | Path, step: int | None = None, *,
-               compute_dtype: Literal["float32", "bfloat16"] | None = None) -> LanguageModel:
+def load_model(
+    path: str | Path, step: int | None = None, *, compute_dtype: Literal["float32", "bfloat16"] | None = None
+) -> LanguageModel:
     """The model of a run's folder, or of a Hugging Face GPT-2 folder.
 
     Args:
@@ -128,8 +136,10 @@ def read_config(path: str | Path) -> ModelConfig:
         return load_config(path / checkpoint.CONFIG_FILE).model
     if (path / "config.json").is_file():
         return huggingface.read_config(path)
-    raise UserError(f"{path} is neither the folder of a run (it has no {checkpoint.CONFIG_FILE}) nor a Hugging "
-                    "Face folder (it has no config.json)")
+    raise UserError(
+        f"{path} is neither the folder of a run (it has no {checkpoint.CONFIG_FILE}) nor a Hugging "
+        "Face folder (it has no config.json)"
+    )
 
 
 def load_params(path: str | Path, step: int | None = None, shardings: Params | None = None) -> Params:
@@ -146,7 +156,9 @@ def load_params(path: str | Path, step: int | None = None, shardings: Params | N
     flat = traverse_util.flatten_dict(huggingface.load_params(path)[1], sep="/")
     where = traverse_util.flatten_dict(shardings, sep="/") if shardings else dict.fromkeys(flat)
     # One at a time, so that the model is never in memory twice.
-    return traverse_util.unflatten_dict({name: jax.device_put(flat.pop(name), where[name]) for name in list(flat)}, sep="/")
+    return traverse_util.unflatten_dict(
+        {name: jax.device_put(flat.pop(name), where[name]) for name in list(flat)}, sep="/"
+    )
 
 
 def start_from(path: str | Path, config: ModelConfig, shardings: Params) -> Params:
@@ -156,11 +168,19 @@ def start_from(path: str | Path, config: ModelConfig, shardings: Params) -> Para
       UserError: names the first setting that differs; or see `load_model`.
     """
     there = read_config(path)
-    for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "layer_norm_epsilon",
-                 "scale_attn_by_inverse_layer_idx"):
+    for name in (
+        "vocab_size",
+        "n_positions",
+        "n_embd",
+        "n_layer",
+        "n_head",
+        "layer_norm_epsilon",
+        "scale_attn_by_inverse_layer_idx",
+    ):
         if getattr(there, name) != getattr(config, name):
-            raise UserError(f"run.init_from {path}: model.{name} is {getattr(there, name)} there and "
-                            f"{getattr(config, name)} here")
+            raise UserError(
+                f"run.init_from {path}: model.{name} is {getattr(there, name)} there and {getattr(config, name)} here"
+            )
     return load_params(path, shardings=shardings)
 
 

@@ -37,7 +37,9 @@ def next_token_loss(
         return chunk_loss(hidden, labels, weights)
     # Along the sequence, never the batch: the batch is sharded over devices.
     batch, seq = tokens.shape
-    chunks = [jnp.moveaxis(x.reshape(batch, seq // chunk, chunk, *x.shape[2:]), 1, 0) for x in (hidden, labels, weights)]
+    chunks = [
+        jnp.moveaxis(x.reshape(batch, seq // chunk, chunk, *x.shape[2:]), 1, 0) for x in (hidden, labels, weights)
+    ]
     total, _ = jax.lax.scan(lambda total, xs: (total + jax.checkpoint(chunk_loss)(*xs), None), jnp.float32(0), chunks)
     return total
 

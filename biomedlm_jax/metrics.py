@@ -75,8 +75,9 @@ class MetricWriter:
         run_dir = Path(config.run.dir)
         self._file = (run_dir / METRICS_FILE).open("a+")
         _drop_after(self._file, start_step)
-        self._bar = tqdm(total=self._total, initial=start_step, desc="training", unit=" steps", disable=None,
-                         dynamic_ncols=True)
+        self._bar = tqdm(
+            total=self._total, initial=start_step, desc="training", unit=" steps", disable=None, dynamic_ncols=True
+        )
         self._tensorboard = None
         if config.run.tensorboard:
             self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
@@ -138,8 +139,14 @@ def _drop_after(file: Any, step: int) -> None:
 
 
 def _summary(values: dict[str, Any]) -> str:
-    formats = {"train/loss": "loss {:.4f}", "train/grad_norm": "grad norm {:.2f}", "eval/loss": "held-out loss {:.4f}",
-               "eval/perplexity": "perplexity {:.2f}", "perf/tokens_per_second": "{:,.0f} tokens/s", "perf/mfu": "MFU {:.1%}"}
+    formats = {
+        "train/loss": "loss {:.4f}",
+        "train/grad_norm": "grad norm {:.2f}",
+        "eval/loss": "held-out loss {:.4f}",
+        "eval/perplexity": "perplexity {:.2f}",
+        "perf/tokens_per_second": "{:,.0f} tokens/s",
+        "perf/mfu": "MFU {:.1%}",
+    }
     return ", ".join(text.format(values[name]) for name, text in formats.items() if name in values)
 
 

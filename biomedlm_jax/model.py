@@ -21,14 +21,24 @@ Params = dict[str, Any]
 
 
 def _linear(config: ModelConfig, width_in: int, width_out: int, stddev: float, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(width_in, width_out, dtype=jnp.dtype(config.compute_dtype), rngs=rngs,
-                      kernel_init=nnx.initializers.normal(stddev))
+    return nnx.Linear(
+        width_in,
+        width_out,
+        dtype=jnp.dtype(config.compute_dtype),
+        rngs=rngs,
+        kernel_init=nnx.initializers.normal(stddev),
+    )
 
 
 def _layer_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     # The fast variance, E[x^2] - E[x]^2, cancels where the residual stream's mean is large.
-    return nnx.LayerNorm(config.n_embd, epsilon=config.layer_norm_epsilon, dtype=jnp.dtype(config.compute_dtype),
-                         use_fast_variance=False, rngs=rngs)
+    return nnx.LayerNorm(
+        config.n_embd,
+        epsilon=config.layer_norm_epsilon,
+        dtype=jnp.dtype(config.compute_dtype),
+        use_fast_variance=False,
+        rngs=rngs,
+    )
 
 
 def _dropout(x: Float[Array, "*shape"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "*shape"]:
@@ -46,8 +56,14 @@ class Attention(nnx.Module):
         self.c_attn = _linear(config, width, 3 * width, stddev, rngs)
         self.c_proj = _linear(config, width, width, stddev / math.sqrt(2 * config.n_layer), rngs)
 
-    def __call__(self, x: Float[Array, "batch seq embd"], layer: Int[Array, ""],
-                 mask: Bool[Array, "batch seq"] | None, key: Key[Array, ""] | None) -> Float[Array, "batch seq embd"]:
+    def __call__(
+        self,
+        x: Float[Array, "batch seq embd"],
+        layer: Int[Array, ""],
+        mask: Bool[Array, "batch seq"] | None,
+        key: Key[Array, ""] | None,
+    ) -> Float[Array, "batch seq embd"]:
+        """Mixes positions; `layer` counts from 0, `mask` is false for padding, `key` turns dropout on."""
         config = self.config
         head_dim = config.n_embd // config.n_head
         # https://huggingface.co/stanford-crfm/BioMedLM: scale_attn_by_inverse_layer_idx divides by i + 1.
@@ -55,8 +71,9 @@ class Attention(nnx.Module):
         if config.scale_attn_by_inverse_layer_idx:
             scale = scale / (layer + 1)
         qkv = self.c_attn(x).reshape(*x.shape[:2], 3 * config.n_head, head_dim)
-        out = causal_attention(qkv, scale, implementation=config.attention, mask=mask, dropout=config.attn_pdrop,
-                               dropout_key=key)
+        out = causal_attention(
+            qkv, scale, implementation=config.attention, mask=mask, dropout=config.attn_pdrop, dropout_key=key
+        )
         return self.c_proj(out.reshape(x.shape))
 
 
@@ -69,6 +86,7 @@ class MLP(nnx.Module):
         self.c_proj = _linear(config, 4 * width, width, stddev / math.sqrt(2 * config.n_layer), rngs)
 
     def __call__(self, x: Float[Array, "batch seq embd"]) -> Float[Array, "batch seq embd"]:
+        """The same function of each position."""
         return self.c_proj(jax.nn.gelu(self.c_fc(x), approximate=True))
 
 
@@ -82,8 +100,14 @@ class Block(nnx.Module):
         self.ln_2 = _layer_norm(config, rngs)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x: Float[Array, "batch seq embd"], layer: Int[Array, ""],
-                 mask: Bool[Array, "batch seq"] | None, key: Key[Array, ""] | None) -> Float[Array, "batch seq embd"]:
+    def __call__(
+        self,
+        x: Float[Array, "batch seq embd"],
+        layer: Int[Array, ""],
+        mask: Bool[Array, "batch seq"] | None,
+        key: Key[Array, ""] | None,
+    ) -> Float[Array, "batch seq embd"]:
+        """The residual stream after the block; arguments as of `Attention`."""
         attn_key, attn_out_key, mlp_out_key = (None,) * 3 if key is None else jax.random.split(key, 3)
         x = x + _dropout(self.attn(self.ln_1(x), layer, mask, attn_key), self.resid_pdrop, attn_out_key)
         return x + _dropout(self.mlp(self.ln_2(x)), self.resid_pdrop, mlp_out_key)
@@ -102,8 +126,13 @@ class GPT2(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
-        embedding = functools.partial(nnx.Embed, features=config.n_embd, dtype=jnp.dtype(config.compute_dtype),
-                                      embedding_init=nnx.initializers.normal(config.initializer_range), rngs=rngs)
+        embedding = functools.partial(
+            nnx.Embed,
+            features=config.n_embd,
+            dtype=jnp.dtype(config.compute_dtype),
+            embedding_init=nnx.initializers.normal(config.initializer_range),
+            rngs=rngs,
+        )
         self.wte = embedding(config.vocab_size)
         self.wpe = embedding(config.n_positions)
         self.h = nnx.vmap(lambda block_rngs: Block(config, block_rngs))(rngs.split(config.n_layer))
@@ -156,8 +185,9 @@ class GPT2(nnx.Module):
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "batch seq vocab"]:
         """Logits of the next token, float32; arguments as in `hidden_states`."""
-        hidden = self.hidden_states(tokens, attention_mask=attention_mask, position_ids=position_ids,
-                                    dropout_key=dropout_key)
+        hidden = self.hidden_states(
+            tokens, attention_mask=attention_mask, position_ids=position_ids, dropout_key=dropout_key
+        )
         return head_logits(hidden, self.wte.embedding[...])
 
 

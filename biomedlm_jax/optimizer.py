@@ -7,8 +7,9 @@ from jaxtyping import Array, ArrayLike
 from biomedlm_jax.config import OptimizerConfig
 
 
-def cosine_with_warmup(peak_learning_rate: float, warmup_steps: int, total_steps: int,
-                       final_fraction: float) -> optax.Schedule:
+def cosine_with_warmup(
+    peak_learning_rate: float, warmup_steps: int, total_steps: int, final_fraction: float
+) -> optax.Schedule:
     """Linear warm-up from 0, then half a cosine to `final_fraction` of the peak at `total_steps`.
 
     Composer's CosineAnnealingWithWarmupScheduler: the first step has rate 0 unless there is no warm-up.
@@ -32,8 +33,15 @@ def cosine_with_warmup(peak_learning_rate: float, warmup_steps: int, total_steps
     return schedule
 
 
-def decoupled_adamw(schedule: optax.ScalarOrSchedule, peak_learning_rate: float, b1: float = 0.9, b2: float = 0.95,
-                    eps: float = 1e-8, *, weight_decay: float) -> optax.GradientTransformation:
+def decoupled_adamw(
+    schedule: optax.ScalarOrSchedule,
+    peak_learning_rate: float,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    *,
+    weight_decay: float,
+) -> optax.GradientTransformation:
     """Composer's DecoupledAdamW, which BioMedLM was trained with.
 
     Each step removes the fraction `weight_decay * schedule(t) / peak_learning_rate` of every parameter, biases,
@@ -56,6 +64,12 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
     """Clipping by global norm, then Decoupled AdamW under the run's schedule."""
-    adamw = decoupled_adamw(make_schedule(config, total_steps), config.learning_rate, config.beta1, config.beta2,
-                            config.eps, weight_decay=config.weight_decay)
+    adamw = decoupled_adamw(
+        make_schedule(config, total_steps),
+        config.learning_rate,
+        config.beta1,
+        config.beta2,
+        config.eps,
+        weight_decay=config.weight_decay,
+    )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw

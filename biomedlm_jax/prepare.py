@@ -15,8 +15,10 @@ def main() -> None:
     rows.ensure_prepared(config)
     manifest = rows.read_manifest(config.prepared_dir)
     train = manifest["splits"]["train"]
-    print(f"{config.prepared_dir}: {train['rows']:,} training rows of {manifest['n_positions']} ids "
-          f"({train['tokens']:,} tokens), {manifest['splits']['eval']['rows']:,} held-out rows")
+    print(
+        f"{config.prepared_dir}: {train['rows']:,} training rows of {manifest['n_positions']} ids "
+        f"({train['tokens']:,} tokens), {manifest['splits']['eval']['rows']:,} held-out rows"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Command: what a run learnt, as a picture and in a few lines.
 
-    python -m biomedlm_jax.report RUN
+python -m biomedlm_jax.report RUN
 """
 
 import argparse
@@ -20,8 +20,9 @@ with epy.lazy_imports():
 
 def main() -> None:
     """Draws RUN/report.png and prints the numbers that it shows."""
-    parser = argparse.ArgumentParser(prog="python -m biomedlm_jax.report",
-                                     description="Draw the curves of a run, and print its numbers.")
+    parser = argparse.ArgumentParser(
+        prog="python -m biomedlm_jax.report", description="Draw the curves of a run, and print its numbers."
+    )
     parser.add_argument("run", metavar="RUN", help="folder of a run")
     parser.add_argument("--output", metavar="FILE", help="picture to write (default: RUN/report.png)")
     args = parser.parse_args()
@@ -51,25 +52,33 @@ def summary(lines: list[dict[str, Any]]) -> str:
         row("held out, best", min(evaluated, key=lambda line: line["eval/loss"]), "eval/loss")
         row("held out, last", evaluated[-1], "eval/loss")
     rates = sorted(line["perf/tokens_per_second"] for line in trained if line.get("perf/tokens_per_second"))
-    text.append(f"{trained[-1]['tokens']:,} tokens" + (f", median {rates[len(rates) // 2]:,.0f} tokens/s" if rates else ""))
+    text.append(
+        f"{trained[-1]['tokens']:,} tokens" + (f", median {rates[len(rates) // 2]:,.0f} tokens/s" if rates else "")
+    )
     return "\n".join(text)
 
 
 def draw(lines: list[dict[str, Any]], title: str, output: Path) -> None:
     """Writes a picture of the loss, the learning rate, the gradient's norm, and the throughput by step."""
     panels: tuple[tuple[str, dict[str, str | None], str], ...] = (
-              ("loss, nats a token", {"train/loss": "training", "eval/loss": "held out"}, "log"),
-              ("gradient norm, before clipping", {"train/grad_norm": None}, "log"),
-              ("learning rate", {"train/learning_rate": None}, "linear"),
-              ("tokens per second", {"perf/tokens_per_second": None}, "linear"))
+        ("loss, nats a token", {"train/loss": "training", "eval/loss": "held out"}, "log"),
+        ("gradient norm, before clipping", {"train/grad_norm": None}, "log"),
+        ("learning rate", {"train/learning_rate": None}, "linear"),
+        ("tokens per second", {"perf/tokens_per_second": None}, "linear"),
+    )
     figure = matplotlib.figure.Figure(figsize=(11, 7), layout="constrained")
     figure.suptitle(title)
     for axes, (label, series, scale) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         for key, name in series.items():
             points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
             held_out = key.startswith("eval/")
-            axes.plot(*zip(*points, strict=True) if points else ((), ()), label=name, linewidth=1.8 if held_out else 0.9,
-                      marker="o" if held_out else None, markersize=3)
+            axes.plot(
+                *zip(*points, strict=True) if points else ((), ()),
+                label=name,
+                linewidth=1.8 if held_out else 0.9,
+                marker="o" if held_out else None,
+                markersize=3,
+            )
         axes.set(title=label, xlabel="step", yscale=scale)
         axes.grid(alpha=0.3)
         if len(series) > 1:

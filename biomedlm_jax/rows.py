@@ -43,9 +43,11 @@ _ROWS_PER_FILE = 1 << 16
 _DOCUMENTS_PER_ENCODE = 256
 
 # Settings that decide what the rows are.
-_DATA_SETTINGS = {"synthetic": ("source", "synthetic_documents", "synthetic_eval_documents"),
-                  "pile": ("source", "train_files", "eval_files", "pile_sets"),
-                  "text": ("source", "train_files", "eval_files")}
+_DATA_SETTINGS = {
+    "synthetic": ("source", "synthetic_documents", "synthetic_eval_documents"),
+    "pile": ("source", "train_files", "eval_files", "pile_sets"),
+    "text": ("source", "train_files", "eval_files"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,8 +161,10 @@ def open_rows(folder: Path, split: str) -> Rows | None:
     builder = tfds.builder_from_directory(str(folder / "rows"))
     source = builder.as_data_source(split)
     if len(source) != counts["rows"]:
-        raise UserError(f"{folder / 'rows'} has {len(source)} rows of {split}, and its manifest says {counts['rows']}: "
-                        "delete it and prepare again")
+        raise UserError(
+            f"{folder / 'rows'} has {len(source)} rows of {split}, and its manifest says {counts['rows']}: "
+            "delete it and prepare again"
+        )
     entropy = counts["entropy_nats"] / counts["tokens"] if "entropy_nats" in counts else None
     return Rows(source, manifest["n_positions"], counts["tokens"], counts["sha256"], entropy)
 
@@ -181,15 +185,21 @@ def _check_manifest(config: Config, manifest: dict[str, Any], folder: Path) -> N
     differing = [name for name in want if name not in unsaid and have.get(name) != want[name]]
     if differing:
         name = differing[0]
-        raise UserError(f"{folder} was prepared with data.{name} {have.get(name)}, and this configuration has {want[name]}: "
-                        "choose another data.dir, or delete the folder to prepare it again")
+        raise UserError(
+            f"{folder} was prepared with data.{name} {have.get(name)}, and this configuration has {want[name]}: "
+            "choose another data.dir, or delete the folder to prepare it again"
+        )
     if config.data.tokenizer and load_tokenizer(config.data.tokenizer).fingerprint != manifest["tokenizer_sha256"]:
-        raise UserError(f"{folder} was prepared with another tokenizer than {config.data.tokenizer}: choose another "
-                        "data.dir, or delete the folder to prepare it again")
+        raise UserError(
+            f"{folder} was prepared with another tokenizer than {config.data.tokenizer}: choose another "
+            "data.dir, or delete the folder to prepare it again"
+        )
     for name, here in (("n_positions", config.model.n_positions), ("vocab_size", config.model.vocab_size)):
         if manifest[name] != here:
-            raise UserError(f"{folder} was prepared with model.{name} {manifest[name]}, and this configuration has {here}: "
-                            "choose another data.dir, or delete the folder to prepare it again")
+            raise UserError(
+                f"{folder} was prepared with model.{name} {manifest[name]}, and this configuration has {here}: "
+                "choose another data.dir, or delete the folder to prepare it again"
+            )
 
 
 def _prepare(config: Config, folder: Path) -> None:
@@ -200,8 +210,10 @@ def _prepare(config: Config, folder: Path) -> None:
         raise UserError(f"{twice[0]} is in data.train_files and in data.eval_files")
     tokenizer = _tokenizer(config, files["train"], folder / "tokenizer")
     if tokenizer.vocab_size != config.model.vocab_size:
-        raise UserError(f"the tokenizer {data.tokenizer} has {tokenizer.vocab_size} words, and model.vocab_size is "
-                        f"{config.model.vocab_size}: set model.vocab_size to {tokenizer.vocab_size}")
+        raise UserError(
+            f"the tokenizer {data.tokenizer} has {tokenizer.vocab_size} words, and model.vocab_size is "
+            f"{config.model.vocab_size}: set model.vocab_size to {tokenizer.vocab_size}"
+        )
     rows_folder = folder / "rows"
     rows_folder.mkdir()
     counts, infos = {}, []
@@ -209,15 +221,31 @@ def _prepare(config: Config, folder: Path) -> None:
         counts[split], info = _prepare_split(config, split, files[split], tokenizer, rows_folder)
         infos.append(info)
     tfds.folder_dataset.write_metadata(
-        data_dir=str(rows_folder), features=_features(config.model.n_positions, tokenizer), check_data=False,
-        split_infos=[info for info in infos if info.shard_lengths])
-    manifest = {"format": _FORMAT, "settings": _settings(config), "n_positions": config.model.n_positions,
-                "vocab_size": tokenizer.vocab_size, "tokenizer_sha256": tokenizer.fingerprint, "splits": counts}
+        data_dir=str(rows_folder),
+        features=_features(config.model.n_positions, tokenizer),
+        check_data=False,
+        split_infos=[info for info in infos if info.shard_lengths],
+    )
+    manifest = {
+        "format": _FORMAT,
+        "settings": _settings(config),
+        "n_positions": config.model.n_positions,
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer_sha256": tokenizer.fingerprint,
+        "splits": counts,
+    }
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
     for split, count in counts.items():
         dropped = ", ".join(f"{number} {reason}" for reason, number in count["dropped"].items())
-        logger.info("rows: %s %d documents, %d tokens, %d rows of %d%s", split, count["documents"], count["tokens"],
-                     count["rows"], config.model.n_positions, f"; left out: {dropped}" if dropped else "")
+        logger.info(
+            "rows: %s %d documents, %d tokens, %d rows of %d%s",
+            split,
+            count["documents"],
+            count["tokens"],
+            count["rows"],
+            config.model.n_positions,
+            f"; left out: {dropped}" if dropped else "",
+        )
 
 
 def _documents(config: Config, split: str, files: list[str], report: ReadReport) -> Iterator[Document]:
@@ -248,13 +276,15 @@ def _tokenizer(config: Config, train_files: list[str], folder: Path) -> Tokenize
     return train_tokenizer(texts, config.model.vocab_size, folder)
 
 
-def _prepare_split(config: Config, split: str, files: list[str], tokenizer: Tokenizer,
-                   folder: Path) -> tuple[dict[str, Any], tfds.core.SplitInfo]:
+def _prepare_split(
+    config: Config, split: str, files: list[str], tokenizer: Tokenizer, folder: Path
+) -> tuple[dict[str, Any], tfds.core.SplitInfo]:
     """Writes the rows of one split, and says what they hold."""
     n_positions = config.model.n_positions
     report = ReadReport()
-    documents = tqdm(_documents(config, split, files, report), desc=f"preparing {split} rows", unit=" documents",
-                     disable=None)
+    documents = tqdm(
+        _documents(config, split, files, report), desc=f"preparing {split} rows", unit=" documents", disable=None
+    )
     writer = _SplitWriter(folder, split, _features(n_positions, tokenizer))
     tokens = left_over = 0
     for row in pack_rows(documents, tokenizer, n_positions):
@@ -267,23 +297,40 @@ def _prepare_split(config: Config, split: str, files: list[str], tokenizer: Toke
     info = writer.close()
     if report.bad_fraction > config.data.max_bad_fraction:
         reason = next(reason for reason in corpus.BROKEN if report.samples.get(reason))
-        raise UserError(f"{report.bad_fraction:.1%} of the {split} records are broken, more than data.max_bad_fraction "
-                        f"({config.data.max_bad_fraction:.1%}); for instance {reason} at {report.samples[reason][0]}")
+        raise UserError(
+            f"{report.bad_fraction:.1%} of the {split} records are broken, more than data.max_bad_fraction "
+            f"({config.data.max_bad_fraction:.1%}); for instance {reason} at {report.samples[reason][0]}"
+        )
     if split == "eval" and files and not tokens:
-        raise UserError(f"no text to evaluate on in data.eval_files ({files[0]}, ...): left out are {dict(report.dropped)}")
+        raise UserError(
+            f"no text to evaluate on in data.eval_files ({files[0]}, ...): left out are {dict(report.dropped)}"
+        )
     if split == "train" and not info.shard_lengths:
-        raise UserError(f"the training text makes {left_over} tokens, fewer than one row of model.n_positions "
-                        f"({n_positions})")
-    counts = {"rows": sum(info.shard_lengths), "tokens": tokens, "tokens_left_over": left_over,
-              "sha256": writer.digest.hexdigest(), "files": files} | report.as_dict()
+        raise UserError(
+            f"the training text makes {left_over} tokens, fewer than one row of model.n_positions ({n_positions})"
+        )
+    counts = {
+        "rows": sum(info.shard_lengths),
+        "tokens": tokens,
+        "tokens_left_over": left_over,
+        "sha256": writer.digest.hexdigest(),
+        "files": files,
+    } | report.as_dict()
     if config.data.source == "synthetic":
-        counts["entropy_nats"] = sum(synthetic.generate(index).entropy for index in range(*_synthetic_range(config, split)))
+        counts["entropy_nats"] = sum(
+            synthetic.generate(index).entropy for index in range(*_synthetic_range(config, split))
+        )
     return counts, info
 
 
 def _features(n_positions: int, tokenizer: Tokenizer) -> tfds.features.FeaturesDict:
-    return tfds.features.FeaturesDict({"tokens": tfds.features.Tensor(
-        shape=(n_positions,), dtype=row_dtype(tokenizer.vocab_size), encoding=tfds.features.Encoding.BYTES)})
+    return tfds.features.FeaturesDict(
+        {
+            "tokens": tfds.features.Tensor(
+                shape=(n_positions,), dtype=row_dtype(tokenizer.vocab_size), encoding=tfds.features.Encoding.BYTES
+            )
+        }
+    )
 
 
 class _SplitWriter:
@@ -294,8 +341,9 @@ class _SplitWriter:
         self._split = split
         self._features = features
         self._serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
-        self._template = naming.ShardedFileTemplate(data_dir=str(folder), dataset_name=_DATASET, split=split,
-                                                    filetype_suffix="array_record")
+        self._template = naming.ShardedFileTemplate(
+            data_dir=str(folder), dataset_name=_DATASET, split=split, filetype_suffix="array_record"
+        )
         self._lengths: list[int] = []
         self._bytes = 0
         self._writer: Any = None
@@ -324,5 +372,6 @@ class _SplitWriter:
             self._writer.close()
             for index, path in enumerate(self._template.sharded_filepaths(len(self._lengths))):
                 self._temporary_path(index).rename(str(path))
-        return tfds.core.SplitInfo(name=self._split, shard_lengths=self._lengths, num_bytes=self._bytes,
-                                   filename_template=self._template)
+        return tfds.core.SplitInfo(
+            name=self._split, shard_lengths=self._lengths, num_bytes=self._bytes, filename_template=self._template
+        )

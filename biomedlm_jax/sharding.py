@@ -40,8 +40,10 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     if fsdp == -1:
         fsdp = max(1, len(devices) // replica)
     if replica * fsdp != len(devices):
-        raise UserError(f"mesh.replica x mesh.fsdp must be the number of devices: {replica} x {fsdp} is not "
-                        f"{len(devices)} ({devices[0].device_kind})")
+        raise UserError(
+            f"mesh.replica x mesh.fsdp must be the number of devices: {replica} x {fsdp} is not "
+            f"{len(devices)} ({devices[0].device_kind})"
+        )
     return jax.make_mesh((replica, fsdp), ("replica", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
@@ -53,12 +55,16 @@ def check_divisible(config: Config, mesh: Mesh) -> None:
     """
     fsdp, devices = mesh.shape["fsdp"], mesh.size
     if config.model.n_embd % fsdp:
-        raise UserError(f"model.n_embd ({config.model.n_embd}) must be a multiple of mesh.fsdp ({fsdp}), over which "
-                        "parameters are split; choose mesh.fsdp and mesh.replica accordingly")
+        raise UserError(
+            f"model.n_embd ({config.model.n_embd}) must be a multiple of mesh.fsdp ({fsdp}), over which "
+            "parameters are split; choose mesh.fsdp and mesh.replica accordingly"
+        )
     micro_batch = config.train.global_batch_size // config.train.gradient_accumulation_steps
     if micro_batch % devices:
-        raise UserError(f"train.global_batch_size / train.gradient_accumulation_steps ({config.train.global_batch_size} "
-                        f"/ {config.train.gradient_accumulation_steps}) must be a multiple of the {devices} devices")
+        raise UserError(
+            f"train.global_batch_size / train.gradient_accumulation_steps ({config.train.global_batch_size} "
+            f"/ {config.train.gradient_accumulation_steps}) must be a multiple of the {devices} devices"
+        )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -76,7 +82,9 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
       KeyError: a leaf is neither in the table nor a scalar.
     """
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, _spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)), tree)
+        lambda path, leaf: NamedSharding(mesh, _spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)),
+        tree,
+    )
 
 
 def _spec(path: str, leaf: Any) -> P:

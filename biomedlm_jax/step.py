@@ -54,8 +54,11 @@ def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainSt
     optimizer = optimizer_lib.make_optimizer(config.optimizer, config.train.steps)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     schedule = optimizer_lib.make_schedule(config.optimizer, config.train.steps)
-    metrics = {"train/loss": loss, "train/grad_norm": optax.tree.norm(grads),
-               "train/learning_rate": jnp.asarray(schedule(state.step), jnp.float32)}
+    metrics = {
+        "train/loss": loss,
+        "train/grad_norm": optax.tree.norm(grads),
+        "train/learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+    }
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 
 

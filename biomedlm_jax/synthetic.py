@@ -42,6 +42,7 @@ class Draw:
         self.outcomes = 1
 
     def choice(self, options: Sequence[T]) -> T:
+        """One of the options, each as likely as any other."""
         self.outcomes *= len(options)
         return options[int(self._random() * len(options))]
 
@@ -54,6 +55,8 @@ class Draw:
 
 
 class Disease(NamedTuple):
+    """A disease and what its trials measure."""
+
     name: str
     outcome: str
     """What its trials count."""
@@ -62,6 +65,8 @@ class Disease(NamedTuple):
 
 
 class Gene(NamedTuple):
+    """A gene, and what is true of it wherever it occurs."""
+
     symbol: str
     pathway: str
     tissue: str
@@ -71,6 +76,8 @@ class Gene(NamedTuple):
 
 
 class Drug(NamedTuple):
+    """A drug, and what is true of it wherever it occurs."""
+
     name: str
     action: str
     """What it is to its target: "an inhibitor of", ...; the ending of its name tells."""
@@ -84,6 +91,8 @@ class Drug(NamedTuple):
 
 
 class KnowledgeBase(NamedTuple):
+    """All facts of the made-up world."""
+
     drugs: tuple[Drug, ...]
     genes: tuple[Gene, ...]
     diseases: tuple[Disease, ...]
@@ -91,18 +100,72 @@ class KnowledgeBase(NamedTuple):
 
 N_DRUGS, N_GENES, N_DISEASES, N_PATHWAYS = 360, 240, 150, 24
 
-ACTIONS = {"tinib": "an inhibitor of", "stat": "an inhibitor of", "terol": "an agonist of", "glutide": "an agonist of",
-           "sartan": "an antagonist of", "setron": "an antagonist of", "limab": "a neutralizing antibody against"}
+ACTIONS = {
+    "tinib": "an inhibitor of",
+    "stat": "an inhibitor of",
+    "terol": "an agonist of",
+    "glutide": "an agonist of",
+    "sartan": "an antagonist of",
+    "setron": "an antagonist of",
+    "limab": "a neutralizing antibody against",
+}
 RAISING = "an agonist of"
-OUTCOMES = (("complete remission", True), ("clinical response", True), ("functional recovery", True),
-            ("sustained symptom relief", True), ("mucosal healing", True), ("relapse", False), ("organ failure", False),
-            ("disease progression", False), ("treatment failure", False), ("hospital readmission", False))
-ADVERSE_EVENTS = ("headache", "nausea", "fatigue", "dizziness", "insomnia", "pruritus", "diarrhea", "cough", "fever",
-                  "anemia", "neutropenia", "rash", "hypotension", "hypertension", "bradycardia", "tachycardia",
-                  "hyperkalemia", "hyponatremia", "constipation", "vomiting", "tremor", "alopecia", "dyspnea",
-                  "photosensitivity")
-TISSUES = ("liver", "kidney", "spleen", "heart", "lung", "skin", "brain", "pancreas", "thyroid", "ovary", "testis",
-           "retina", "placenta", "thymus", "colon", "stomach")
+OUTCOMES = (
+    ("complete remission", True),
+    ("clinical response", True),
+    ("functional recovery", True),
+    ("sustained symptom relief", True),
+    ("mucosal healing", True),
+    ("relapse", False),
+    ("organ failure", False),
+    ("disease progression", False),
+    ("treatment failure", False),
+    ("hospital readmission", False),
+)
+ADVERSE_EVENTS = (
+    "headache",
+    "nausea",
+    "fatigue",
+    "dizziness",
+    "insomnia",
+    "pruritus",
+    "diarrhea",
+    "cough",
+    "fever",
+    "anemia",
+    "neutropenia",
+    "rash",
+    "hypotension",
+    "hypertension",
+    "bradycardia",
+    "tachycardia",
+    "hyperkalemia",
+    "hyponatremia",
+    "constipation",
+    "vomiting",
+    "tremor",
+    "alopecia",
+    "dyspnea",
+    "photosensitivity",
+)
+TISSUES = (
+    "liver",
+    "kidney",
+    "spleen",
+    "heart",
+    "lung",
+    "skin",
+    "brain",
+    "pancreas",
+    "thyroid",
+    "ovary",
+    "testis",
+    "retina",
+    "placenta",
+    "thymus",
+    "colon",
+    "stomach",
+)
 
 
 def _names(draw: Draw, count: int, *morphemes: str) -> list[str]:
@@ -116,20 +179,38 @@ def knowledge_base() -> KnowledgeBase:
     draw = Draw("biomedlm_jax.synthetic: the world")
     diseases = tuple(
         Disease(name, *draw.choice(OUTCOMES))
-        for name in _names(draw, N_DISEASES,
-                           "nephro hepato cardio dermo neuro gastro pneumo myelo angio adeno rhino uro",
-                           "fasci sial plex thym ductul gangli tubul sept lamin cist valv",
-                           "itis opathy osclerosis omalacia odystrophy oma"))
+        for name in _names(
+            draw,
+            N_DISEASES,
+            "nephro hepato cardio dermo neuro gastro pneumo myelo angio adeno rhino uro",
+            "fasci sial plex thym ductul gangli tubul sept lamin cist valv",
+            "itis opathy osclerosis omalacia odystrophy oma",
+        )
+    )
     pathways = _names(draw, N_PATHWAYS, "Vel Tar Nor Quin Mos Hal Bren Sil", "kin vane dro mer tix", "in al or")
-    symbols = _names(draw, N_GENES, "BZ CQ DV FJ GX HV JR KV LQ MZ NX PQ QR RZ TV WX ZD", "A D K M P T",
-                     "1 2 3 4 5 6 7 8")
-    genes = tuple(Gene(symbol, draw.choice(pathways), draw.choice(TISSUES), disease)
-                  for symbol, disease in zip(symbols, itertools.cycle(diseases), strict=False))
-    names = _names(draw, N_DRUGS, "bra cor dal fen gal jel kor lum mev nor pel quil rov sul tav vex zan oxy",
-                   "a e i ovi umi ela ori ama", " ".join(ACTIONS))
-    drugs = tuple(Drug(name, next(action for ending, action in ACTIONS.items() if name.endswith(ending)), target,
-                       draw.choice(ADVERSE_EVENTS))
-                  for name, target in zip(names, itertools.cycle(genes), strict=False))
+    symbols = _names(
+        draw, N_GENES, "BZ CQ DV FJ GX HV JR KV LQ MZ NX PQ QR RZ TV WX ZD", "A D K M P T", "1 2 3 4 5 6 7 8"
+    )
+    genes = tuple(
+        Gene(symbol, draw.choice(pathways), draw.choice(TISSUES), disease)
+        for symbol, disease in zip(symbols, itertools.cycle(diseases), strict=False)
+    )
+    names = _names(
+        draw,
+        N_DRUGS,
+        "bra cor dal fen gal jel kor lum mev nor pel quil rov sul tav vex zan oxy",
+        "a e i ovi umi ela ori ama",
+        " ".join(ACTIONS),
+    )
+    drugs = tuple(
+        Drug(
+            name,
+            next(action for ending, action in ACTIONS.items() if name.endswith(ending)),
+            target,
+            draw.choice(ADVERSE_EVENTS),
+        )
+        for name, target in zip(names, itertools.cycle(genes), strict=False)
+    )
     return KnowledgeBase(drugs, genes, diseases)
 
 
@@ -161,7 +242,10 @@ def _significance(z: float) -> str:
 def _rates(n1: int, n2: int, percent2: int, verdict: str) -> list[int]:
     """Rates of group 1 that bear the verdict out: significant at 5 %, or nowhere near (|z| < 1 is P > 0.3)."""
     fits: dict[str, Callable[[float], bool]] = {
-        "higher": lambda z: z >= 1.960, "lower": lambda z: z <= -1.960, "equal": lambda z: abs(z) < 1}
+        "higher": lambda z: z >= 1.960,
+        "lower": lambda z: z <= -1.960,
+        "equal": lambda z: abs(z) < 1,
+    }
     return [percent for percent in RATES if fits[verdict](_z(n1, percent, n2, percent2))]
 
 
@@ -169,19 +253,43 @@ def _two_groups(draw: Draw, verdict: str) -> dict[str, Any]:
     """Events in two groups whose rates compare as the verdict says ("higher": more of them in group 1)."""
     n1, n2, percent2 = draw.choice(GROUP_SIZES), draw.choice(GROUP_SIZES), draw.choice(CONTROL_RATES)
     percent1 = draw.choice(_rates(n1, n2, percent2, verdict))
-    return {"n": n1 + n2, "n1": n1, "n2": n2, "p1": percent1, "p2": percent2, "r1": n1 * percent1 // 100,
-            "r2": n2 * percent2 // 100, "difference": abs(percent1 - percent2),
-            "significance": _significance(_z(n1, percent1, n2, percent2))}
+    return {
+        "n": n1 + n2,
+        "n1": n1,
+        "n2": n2,
+        "p1": percent1,
+        "p2": percent2,
+        "r1": n1 * percent1 // 100,
+        "r2": n2 * percent2 // 100,
+        "difference": abs(percent1 - percent2),
+        "significance": _significance(_z(n1, percent1, n2, percent2)),
+    }
 
 
 # --- The kinds of document ---------------------------------------------------------------------------------------
 # Each draws its values and names the slots of its sentences, title first. Sentences must tell every value drawn.
 
 # The words of a change: one set of templates serves both directions.
-UP = {"rose": "rose", "raises": "raises", "raised": "raised", "increase": "increase", "increased": "increased",
-      "higher": "higher", "activates": "activates", "activation": "activation"}
-DOWN = {"rose": "fell", "raises": "lowers", "raised": "lowered", "increase": "reduction", "increased": "reduced",
-        "higher": "lower", "activates": "inhibits", "activation": "inhibition"}
+UP = {
+    "rose": "rose",
+    "raises": "raises",
+    "raised": "raised",
+    "increase": "increase",
+    "increased": "increased",
+    "higher": "higher",
+    "activates": "activates",
+    "activation": "activation",
+}
+DOWN = {
+    "rose": "fell",
+    "raises": "lowers",
+    "raised": "lowered",
+    "increase": "reduction",
+    "increased": "reduced",
+    "higher": "lower",
+    "activates": "inhibits",
+    "activation": "inhibition",
+}
 
 
 def _other(draw: Draw, options: Sequence[T], own: T) -> T:
@@ -194,37 +302,93 @@ def _trial(draw: Draw, world: KnowledgeBase) -> Filling:
     disease = drug.indication if helps else _other(draw, world.diseases, drug.indication)
     verdict = "equal" if not helps else "higher" if disease.desirable else "lower"
     groups, harmed = _two_groups(draw, verdict), draw.choice(RARE_RATES)
-    values = {"drug": drug.name, "action": drug.action, "target": drug.target.symbol, "disease": disease.name,
-              "indication": drug.indication.name, "outcome": disease.outcome, "adverse": drug.adverse_event,
-              "comparator": draw.choice(COMPARATORS), "dose": draw.choice(range(10, 90, 10)),
-              "weeks": draw.choice(range(8, 56, 4)), "p3": harmed, "r3": groups["n1"] * harmed // 100, **groups,
-              **(UP if disease.desirable else DOWN)}
+    values = {
+        "drug": drug.name,
+        "action": drug.action,
+        "target": drug.target.symbol,
+        "disease": disease.name,
+        "indication": drug.indication.name,
+        "outcome": disease.outcome,
+        "adverse": drug.adverse_event,
+        "comparator": draw.choice(COMPARATORS),
+        "dose": draw.choice(range(10, 90, 10)),
+        "weeks": draw.choice(range(8, 56, 4)),
+        "p3": harmed,
+        "r3": groups["n1"] * harmed // 100,
+        **groups,
+        **(UP if disease.desirable else DOWN),
+    }
     aim, change = ("helps", "changed") if helps else ("fails", "equal")
-    return ["trial.title", f"trial.background.{aim}", "trial.aim", "trial.methods", "trial.endpoint", "trial.result",
-            f"trial.difference.{change}", "trial.safety", f"trial.conclusion.{change}", f"trial.advice.{aim}"], values
+    return [
+        "trial.title",
+        f"trial.background.{aim}",
+        "trial.aim",
+        "trial.methods",
+        "trial.endpoint",
+        "trial.result",
+        f"trial.difference.{change}",
+        "trial.safety",
+        f"trial.conclusion.{change}",
+        f"trial.advice.{aim}",
+    ], values
 
 
 def _association(draw: Draw, world: KnowledgeBase) -> Filling:
     gene, linked = draw.choice(world.genes), draw.choice((True, False))
     disease = gene.disease if linked else _other(draw, world.diseases, gene.disease)
     verdict = "higher" if linked else "equal"
-    values = {"gene": gene.symbol, "pathway": gene.pathway, "tissue": gene.tissue, "disease": disease.name,
-              **_two_groups(draw, verdict)}
-    return ["gene.title", "gene.background", "gene.aim", "gene.methods", "gene.result", f"gene.difference.{verdict}",
-            f"gene.expression.{verdict}", f"gene.conclusion.{verdict}"], values
+    values = {
+        "gene": gene.symbol,
+        "pathway": gene.pathway,
+        "tissue": gene.tissue,
+        "disease": disease.name,
+        **_two_groups(draw, verdict),
+    }
+    return [
+        "gene.title",
+        "gene.background",
+        "gene.aim",
+        "gene.methods",
+        "gene.result",
+        f"gene.difference.{verdict}",
+        f"gene.expression.{verdict}",
+        f"gene.conclusion.{verdict}",
+    ], values
 
 
 def _mechanism(draw: Draw, world: KnowledgeBase) -> Filling:
     drug, change = draw.choice(world.drugs), draw.choice(range(20, 82, 2))
     before, treated, control = draw.choice(GROUP_SIZES), draw.choice(range(6, 17)), draw.choice(range(6, 17))
     sign, words = (1, UP) if drug.action == RAISING else (-1, DOWN)
-    values = {"drug": drug.name, "action": drug.action, "target": drug.target.symbol, "pathway": drug.target.pathway,
-              "disease": drug.indication.name, "tissue": drug.target.tissue, "change": change, "before": before,
-              "after": before + sign * before * change // 100, "other": _other(draw, world.genes, drug.target).symbol,
-              "dose": draw.choice((1, 2, 5, 10, 20, 50)), "hours": draw.choice((6, 12, 24, 48)), "treated": treated,
-              "control": control, "mice": treated + control, **words}
-    return ["cell.title", "cell.background", "cell.aim", "cell.methods", "cell.result", "cell.specificity",
-            "cell.mice", "cell.severity", "cell.conclusion"], values
+    values = {
+        "drug": drug.name,
+        "action": drug.action,
+        "target": drug.target.symbol,
+        "pathway": drug.target.pathway,
+        "disease": drug.indication.name,
+        "tissue": drug.target.tissue,
+        "change": change,
+        "before": before,
+        "after": before + sign * before * change // 100,
+        "other": _other(draw, world.genes, drug.target).symbol,
+        "dose": draw.choice((1, 2, 5, 10, 20, 50)),
+        "hours": draw.choice((6, 12, 24, 48)),
+        "treated": treated,
+        "control": control,
+        "mice": treated + control,
+        **words,
+    }
+    return [
+        "cell.title",
+        "cell.background",
+        "cell.aim",
+        "cell.methods",
+        "cell.result",
+        "cell.specificity",
+        "cell.mice",
+        "cell.severity",
+        "cell.conclusion",
+    ], values
 
 
 def _case_report(draw: Draw, world: KnowledgeBase) -> Filling:
@@ -232,12 +396,32 @@ def _case_report(draw: Draw, world: KnowledgeBase) -> Filling:
     adverse = drug.adverse_event if causal else _other(draw, ADVERSE_EVENTS, drug.adverse_event)
     patient, they, their = draw.choice((("woman", "she", "her"), ("man", "he", "his")))
     onset, duration = draw.choice(range(2, 31)), draw.choice(range(3, 22))
-    values = {"drug": drug.name, "action": drug.action, "target": drug.target.symbol, "disease": drug.indication.name,
-              "adverse": adverse, "patient": patient, "they": they, "their": their, "age": draw.choice(range(19, 80)),
-              "onset": onset, "duration": duration, "total": onset + duration, "dose": draw.choice(range(10, 90, 10))}
+    values = {
+        "drug": drug.name,
+        "action": drug.action,
+        "target": drug.target.symbol,
+        "disease": drug.indication.name,
+        "adverse": adverse,
+        "patient": patient,
+        "they": they,
+        "their": their,
+        "age": draw.choice(range(19, 80)),
+        "onset": onset,
+        "duration": duration,
+        "total": onset + duration,
+        "dose": draw.choice(range(10, 90, 10)),
+    }
     verdict = "causal" if causal else "chance"
-    return ["case.title", "case.background", "case.patient", "case.onset", "case.search", f"case.course.{verdict}",
-            f"case.conclusion.{verdict}", f"case.advice.{verdict}"], values
+    return [
+        "case.title",
+        "case.background",
+        "case.patient",
+        "case.onset",
+        "case.search",
+        f"case.course.{verdict}",
+        f"case.conclusion.{verdict}",
+        f"case.advice.{verdict}",
+    ], values
 
 
 KINDS = (_trial, _association, _mechanism, _case_report)

@@ -1,6 +1,6 @@
 """Text to token ids and back, losslessly: SentencePiece trained here, and the published model's byte-level BPE.
 
-    python -m biomedlm_jax.tokenizer train --input GLOB... --output DIR | inspect DIR WORD... | export DIR --output DIR
+python -m biomedlm_jax.tokenizer train --input GLOB... --output DIR | inspect DIR WORD... | export DIR --output DIR
 """
 
 from __future__ import annotations
@@ -101,8 +101,10 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = self._processor.get_piece_size()
         self.eos_id = self.vocab_size - 1
         if self.piece(self.eos_id) != EOS or not self._processor.is_control(self.eos_id):
-            raise UserError(f"tokenizer.model was not trained by this package: its last piece is "
-                            f"{self.piece(self.eos_id)}, not {EOS}")
+            raise UserError(
+                f"tokenizer.model was not trained by this package: its last piece is "
+                f"{self.piece(self.eos_id)}, not {EOS}"
+            )
         self._space_bytes = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -110,8 +112,14 @@ class SentencePieceTokenizer(Tokenizer):
         split = [_PARTS.findall(_valid(text)) for text in texts]
         encoded = iter(self._processor.encode(list(chain.from_iterable(split))))
         # zip asks for a part first, so that it takes no text's ids too many.
-        return [list(chain.from_iterable(self._space_bytes if part == _SPACE else ids
-                                         for part, ids in zip(parts, encoded, strict=False))) for parts in split]
+        return [
+            list(
+                chain.from_iterable(
+                    self._space_bytes if part == _SPACE else ids for part, ids in zip(parts, encoded, strict=False)
+                )
+            )
+            for parts in split
+        ]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, without special tokens."""
@@ -130,18 +138,26 @@ class SentencePieceTokenizer(Tokenizer):
         import tokenizers
 
         pieces = [self.piece(token).replace(_SPACE, " ") for token in range(self.vocab_size)]
-        learnt = {pieces[token]: token for token in range(_FIRST_LEARNT, self.eos_id)
-                  if not self._processor.is_unused(token)}
+        learnt = {
+            pieces[token]: token for token in range(_FIRST_LEARNT, self.eos_id) if not self._processor.is_unused(token)
+        }
         merges = sorted(
             (-self._processor.get_score(token), learnt[piece[:cut]], learnt[piece[cut:]], piece[:cut], piece[cut:])
-            for piece, token in learnt.items() for cut in range(1, len(piece))
-            if piece[:cut] in learnt and piece[cut:] in learnt)
-        backend = tokenizers.Tokenizer(tokenizers.models.BPE(
-            {piece: token for token, piece in enumerate(pieces)}, [merge[-2:] for merge in merges],
-            unk_token=pieces[0], byte_fallback=True, fuse_unk=False))
+            for piece, token in learnt.items()
+            for cut in range(1, len(piece))
+            if piece[:cut] in learnt and piece[cut:] in learnt
+        )
+        backend = tokenizers.Tokenizer(
+            tokenizers.models.BPE(
+                {piece: token for token, piece in enumerate(pieces)},
+                [merge[-2:] for merge in merges],
+                unk_token=pieces[0],
+                byte_fallback=True,
+                fuse_unk=False,
+            )
+        )
         backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "merged_with_next")
-        backend.decoder = tokenizers.decoders.Sequence(
-            [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+        backend.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
         backend.add_special_tokens([EOS])
         return backend
 
@@ -173,8 +189,11 @@ class ByteLevelTokenizer(Tokenizer):
             raise UserError(f"vocab.json lacks {len(missing)} of the 256 symbols of bytes: not GPT-2's kind")
         lines = merges.decode("utf-8", "replace").splitlines()
         # Only the first line can be a comment: "# #" is a merge.
-        pairs = [tuple(line.split(" ")) for index, line in enumerate(lines)
-                 if line and not (index == 0 and line.startswith("#version"))]
+        pairs = [
+            tuple(line.split(" "))
+            for index, line in enumerate(lines)
+            if line and not (index == 0 and line.startswith("#version"))
+        ]
         try:
             self._backend = tokenizers.Tokenizer(tokenizers.models.BPE(words, pairs))  # type: ignore[arg-type]
         except Exception as error:  # tokenizers raises nothing narrower
@@ -220,18 +239,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if (folder / "tokenizer.model").exists():
             return SentencePieceTokenizer((folder / "tokenizer.model").read_bytes())
         if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-            return ByteLevelTokenizer((folder / "vocab.json").read_bytes(), (folder / "merges.txt").read_bytes(),
-                                      _added_tokens(folder))
+            return ByteLevelTokenizer(
+                (folder / "vocab.json").read_bytes(), (folder / "merges.txt").read_bytes(), _added_tokens(folder)
+            )
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
     found = sorted(entry.name for entry in folder.iterdir())
     listing = ", ".join(found[:10]) + (", ..." if len(found) > 10 else "") if found else "nothing"
-    raise UserError(f"{folder} holds no tokenizer: expected tokenizer.model, or vocab.json and merges.txt; "
-                    f"found {listing}")
+    raise UserError(
+        f"{folder} holds no tokenizer: expected tokenizer.model, or vocab.json and merges.txt; found {listing}"
+    )
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: str | Path, *,
-                    max_bytes: int = 400_000_000) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, directory: str | Path, *, max_bytes: int = 400_000_000
+) -> Tokenizer:
     """Trains SentencePiece BPE and writes `tokenizer.model`, complete or not at all. Deterministic.
 
     Args:
@@ -246,21 +268,35 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: str | Path
     import sentencepiece
 
     if vocab_size <= _FIRST_LEARNT + 1:
-        raise UserError(f"a vocabulary of {vocab_size} is too small: 256 bytes, <unk> and {EOS} "
-                        f"leave no room for the corpus's characters")
+        raise UserError(
+            f"a vocabulary of {vocab_size} is too small: 256 bytes, <unk> and {EOS} "
+            f"leave no room for the corpus's characters"
+        )
     sentences = _Sentences(texts, max_bytes)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences), model_writer=model, minloglevel=2,
-            model_type="bpe", vocab_size=vocab_size - 1, unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,
-            byte_fallback=True, character_coverage=0.9999,
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            minloglevel=2,
+            model_type="bpe",
+            vocab_size=vocab_size - 1,
+            unk_id=0,
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            byte_fallback=True,
+            character_coverage=0.9999,
             # Lossless: the text as it is.
-            normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
             # By default no piece could hold "Immunohistochemistry", and long lines would be dropped without a word.
-            max_sentencepiece_length=32, max_sentence_length=1 << 20,
+            max_sentencepiece_length=32,
+            max_sentence_length=1 << 20,
             # A small corpus cannot fill the vocabulary.
-            hard_vocab_limit=False)
+            hard_vocab_limit=False,
+        )
     except RuntimeError as error:
         if sentences.failure:
             raise sentences.failure from None
@@ -268,8 +304,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: str | Path
             raise UserError("the corpus to train a tokenizer on is empty") from error
         too_small = re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error))
         if too_small:
-            raise UserError(f"a vocabulary of {vocab_size} is too small for the characters of this corpus: "
-                            f"it takes {int(too_small[1]) + 1} or more") from error
+            raise UserError(
+                f"a vocabulary of {vocab_size} is too small for the characters of this corpus: "
+                f"it takes {int(too_small[1]) + 1} or more"
+            ) from error
         raise UserError(f"SentencePiece cannot be trained on this corpus: {error}") from error
     tokenizer = SentencePieceTokenizer(_complete(model.getvalue(), vocab_size))
     tokenizer.save(directory)
@@ -325,18 +363,35 @@ def export_tokenizer(tokenizer: Tokenizer, directory: str | Path, *, model_max_l
     # Padding with the end of text needs no new embedding; the attention mask hides it.
     special = {"bos_token": EOS, "eos_token": EOS, "pad_token": EOS}
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast", **special, "model_max_length": model_max_length,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **special,
+        "model_max_length": model_max_length,
         # The class's default has token_type_ids, which GPT-2 would add to its embeddings.
         "model_input_names": ["input_ids", "attention_mask"],
         # Lossless, and special tokens cannot be smuggled in by texts.
-        "clean_up_tokenization_spaces": False, "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
         "added_tokens_decoder": {
-            str(token): {"content": added.content, "lstrip": False, "normalized": False, "rstrip": False,
-                         "single_word": False, "special": True}
-            for token, added in sorted(backend.get_added_tokens_decoder().items())},
+            str(token): {
+                "content": added.content,
+                "lstrip": False,
+                "normalized": False,
+                "rstrip": False,
+                "single_word": False,
+                "special": True,
+            }
+            for token, added in sorted(backend.get_added_tokens_decoder().items())
+        },
     }
-    _write(directory, {**tokenizer.files, "tokenizer.json": backend.to_str().encode(),
-                       "tokenizer_config.json": _json_bytes(config), "special_tokens_map.json": _json_bytes(special)})
+    _write(
+        directory,
+        {
+            **tokenizer.files,
+            "tokenizer.json": backend.to_str().encode(),
+            "tokenizer_config.json": _json_bytes(config),
+            "special_tokens_map.json": _json_bytes(special),
+        },
+    )
 
 
 def _valid(text: str) -> str:
@@ -401,12 +456,15 @@ def _corpus_texts(files: Sequence[str]) -> Iterator[str]:
     pile = [file for file in files if ".json" in Path(file).name]
     plain = [file for file in files if file not in pile]
     report = corpus.ReadReport()
-    texts = corpus.tokenizer_texts(lambda: chain(corpus.read_documents("pile", pile, report),
-                                                 corpus.read_documents("text", plain, report)))
+    texts = corpus.tokenizer_texts(
+        lambda: chain(corpus.read_documents("pile", pile, report), corpus.read_documents("text", plain, report))
+    )
     first = next(texts, None)
     if first is None:
-        raise UserError(f"no text to train on in {', '.join(files[:3])}{', ...' if len(files) > 3 else ''}: "
-                        f"records left out are {dict(report.dropped)}")
+        raise UserError(
+            f"no text to train on in {', '.join(files[:3])}{', ...' if len(files) > 3 else ''}: "
+            f"records left out are {dict(report.dropped)}"
+        )
     return chain([first], texts)
 
 
@@ -424,7 +482,8 @@ def _export(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.directory)
     names = ("tokenizer.model", "vocab.json", "tokenizer.json")
     if any(Path(args.output, name).exists() for name in names) and (
-            load_tokenizer(args.output).fingerprint != tokenizer.fingerprint):
+        load_tokenizer(args.output).fingerprint != tokenizer.fingerprint
+    ):
         raise UserError(f"{args.output} already holds another tokenizer; choose another --output, or remove it")
     export_tokenizer(tokenizer, args.output, model_max_length=args.model_max_length)
     print(f"{args.output}: {tokenizer.vocab_size} tokens, for AutoTokenizer.from_pretrained")
@@ -436,9 +495,14 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     formatter = argparse.ArgumentDefaultsHelpFormatter
     train = commands.add_parser("train", help="train SentencePiece on text", formatter_class=formatter)
-    train.add_argument("--input", nargs="+", required=True, metavar="GLOB",
-                       help="files of The Pile's JSON lines (.jsonl, .jsonl.gz, .jsonl.zst) or of plain text; only "
-                            "PubMed abstracts are used where there are any")
+    train.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="GLOB",
+        help="files of The Pile's JSON lines (.jsonl, .jsonl.gz, .jsonl.zst) or of plain text; only "
+        "PubMed abstracts are used where there are any",
+    )
     train.add_argument("--output", required=True, metavar="DIR", help="folder to write tokenizer.model to")
     train.add_argument("--vocab-size", type=int, default=PUBLISHED_VOCAB_SIZE, metavar="N", help="number of tokens")
     train.set_defaults(run=_train)

@@ -56,8 +56,12 @@ def train(config: Config) -> int:
     # ---- Devices
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_divisible(config, mesh)
-    logger.info("mesh: %s on %d x %s", ", ".join(f"{name} {size}" for name, size in mesh.shape.items()), mesh.size,
-                jax.devices()[0].device_kind)
+    logger.info(
+        "mesh: %s on %d x %s",
+        ", ".join(f"{name} {size}" for name, size in mesh.shape.items()),
+        mesh.size,
+        jax.devices()[0].device_kind,
+    )
 
     # ---- The run's folder, and the rows it reads
     _check_run_folder(config, run_dir)
@@ -79,11 +83,22 @@ def train(config: Config) -> int:
 
     # ---- The compiled steps, and the batches they take
     batch_sharding = sharding.batch_sharding(mesh)
-    train_step = jax.jit(functools.partial(step.train_step, config), donate_argnums=0,
-                         in_shardings=(state_shardings, batch_sharding), out_shardings=(state_shardings, None))
+    train_step = jax.jit(
+        functools.partial(step.train_step, config),
+        donate_argnums=0,
+        in_shardings=(state_shardings, batch_sharding),
+        out_shardings=(state_shardings, None),
+    )
     evaluator = _Evaluator(config, eval_rows, batch_sharding)
-    batches = data.train_batches(train_rows, config.train.seed, config.train.global_batch_size, start_step,
-                                 config.train.steps, batch_sharding, config.data.reader_threads)
+    batches = data.train_batches(
+        train_rows,
+        config.train.seed,
+        config.train.global_batch_size,
+        start_step,
+        config.train.steps,
+        batch_sharding,
+        config.data.reader_threads,
+    )
 
     # ---- The loop
     record = _Record(config, start_step, checkpointer)
@@ -108,8 +123,12 @@ def train(config: Config) -> int:
         checkpointer.wait()
     if stop:
         number = received[0] if received else signal.SIGTERM
-        logger.info("stopped by %s: step %d is saved in %s; the same command goes on from there",
-                    signal.Signals(number).name, done, run_dir)
+        logger.info(
+            "stopped by %s: step %d is saved in %s; the same command goes on from there",
+            signal.Signals(number).name,
+            done,
+            run_dir,
+        )
         return 128 + number
     print(record.summary(eval_rows.entropy if eval_rows else None))
     return 0
@@ -123,20 +142,31 @@ def _starting_state(config: Config, mesh: Any, checkpointer: Any, identity: dict
     run_dir, init_from = config.run.dir, config.run.init_from
     latest = checkpointer.latest_step()
     if latest is not None:
-        state = checkpointer.restore(latest, jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings))
+        state = checkpointer.restore(
+            latest, jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+        )
         _check_identity(checkpointer.metadata(latest)["data"], identity, run_dir)
-        logger.info("weights: going on from step %d of %s%s", latest, run_dir,
-                    "; run.init_from is not used" if init_from else "")
+        logger.info(
+            "weights: going on from step %d of %s%s",
+            latest,
+            run_dir,
+            "; run.init_from is not used" if init_from else "",
+        )
         return state, shardings
     state = jax.jit(init_state, out_shardings=shardings)()
     if init_from:
         state = dataclasses.replace(state, params=load.start_from(init_from, config.model, shardings.params))
         logger.info("weights: of %s, at step 0", init_from)
-        with contextlib.suppress(UserError):    # weights may come without a tokenizer
-            if load.load_tokenizer(init_from).fingerprint != rows.read_manifest(config.prepared_dir)["tokenizer_sha256"]:
-                logger.warning("weights: %s has another tokenizer than %s: its ids mean other words", init_from,
-                               config.prepared_dir)
+        with contextlib.suppress(UserError):  # weights may come without a tokenizer
+            if (
+                load.load_tokenizer(init_from).fingerprint
+                != rows.read_manifest(config.prepared_dir)["tokenizer_sha256"]
+            ):
+                logger.warning(
+                    "weights: %s has another tokenizer than %s: its ids mean other words",
+                    init_from,
+                    config.prepared_dir,
+                )
     else:
         logger.info("weights: random, from train.seed %d", config.train.seed)
     return state, shardings
@@ -200,9 +230,11 @@ class _Record:
         numbers = {name: float(value) for name, value in values.items()}
         loss, grad_norm = numbers["train/loss"], numbers["train/grad_norm"]
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise UserError(f"at step {done} the loss is {loss} and the gradient's norm {grad_norm}; the last checkpoint "
-                            f"is step {self._checkpointer.latest_step()} of {self._config.run.dir}. A lower "
-                            "optimizer.learning_rate or a longer optimizer.warmup_steps may help")
+            raise UserError(
+                f"at step {done} the loss is {loss} and the gradient's norm {grad_norm}; the last checkpoint "
+                f"is step {self._checkpointer.latest_step()} of {self._config.run.dir}. A lower "
+                "optimizer.learning_rate or a longer optimizer.warmup_steps may help"
+            )
         self._losses.append(loss)
         self._writer.write(done, {"tokens": done * self.tokens_per_step} | numbers | self.throughput.read(done))
 
@@ -223,12 +255,16 @@ class _Record:
         steps, minutes = self._config.train.steps, (time.monotonic() - self._started) / 60
         learnt = f"training loss {self._losses[0]:.3f} -> {self._losses[-1]:.3f}"
         if self._evaluated:
-            learnt += (f", held-out loss {self._evaluated['eval/loss']:.3f} (perplexity "
-                       f"{self._evaluated['eval/perplexity']:.2f})")
+            learnt += (
+                f", held-out loss {self._evaluated['eval/loss']:.3f} (perplexity "
+                f"{self._evaluated['eval/perplexity']:.2f})"
+            )
             if entropy is not None:
                 learnt += f", of which {entropy:.3f} is chance that no model can learn"
-        return (f"step {steps:,}, {steps * self.tokens_per_step:,} tokens, {minutes:.1f} min: {learnt}; "
-                f"model in {self._config.run.dir}")
+        return (
+            f"step {steps:,}, {steps * self.tokens_per_step:,} tokens, {minutes:.1f} min: {learnt}; "
+            f"model in {self._config.run.dir}"
+        )
 
 
 def _check_run_folder(config: Config, run_dir: Path) -> None:
@@ -237,12 +273,16 @@ def _check_run_folder(config: Config, run_dir: Path) -> None:
         return
     differences = config_lib.differences(config_lib.load_config(run_dir / checkpoint.CONFIG_FILE), config)
     if differences:
-        raise UserError(f"{run_dir} holds a run with other settings: {'; '.join(differences)}. Choose another run.dir; "
-                        "run.init_from starts it with the weights of this one")
+        raise UserError(
+            f"{run_dir} holds a run with other settings: {'; '.join(differences)}. Choose another run.dir; "
+            "run.init_from starts it with the weights of this one"
+        )
 
 
 def _check_identity(saved: dict[str, Any], here: dict[str, Any], run_dir: str) -> None:
-    differing = [f"{name} was {saved.get(name)}, is {value}" for name, value in here.items() if saved.get(name) != value]
+    differing = [
+        f"{name} was {saved.get(name)}, is {value}" for name, value in here.items() if saved.get(name) != value
+    ]
     if differing:
         raise UserError(f"the rows are not those that {run_dir} was trained on: {'; '.join(differing)}")
 

@@ -61,8 +61,11 @@ def _shards(index: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map")
     # Symbolic links are allowed: Hugging Face's cache consists of them.
-    outside = [name for name in weight_map.values()
-               if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\0]", name)]
+    outside = [
+        name
+        for name in weight_map.values()
+        if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\0]", name)
+    ]
     if outside:
         names = ", ".join(sorted({repr(name) for name in outside}))
         raise UserError(f"{index} names files outside of its folder: {names}")
@@ -102,14 +105,23 @@ def _pytorch_entries(path: Path) -> Iterator[tuple[str, Entry]]:
             state = torch.load(path, map_location="cpu", weights_only=True)  # before PyTorch 1.6 it was no zip file
     except Exception as error:  # its unpickler meets arbitrary bytes, and lets any error through
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{path} is refused: it is damaged, or holds more than tensors, which could run code "
-                        f"({reason[0]})") from error
-    if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(value, torch.Tensor)
-                                              and value.layout == torch.strided for name, value in state.items()):
+        raise UserError(
+            f"{path} is refused: it is damaged, or holds more than tensors, which could run code ({reason[0]})"
+        ) from error
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+        for name, value in state.items()
+    ):
         raise UserError(f"{path} is no dictionary of tensors")
     for name, value in state.items():
-        yield name, Entry(str(value.dtype).removeprefix("torch."), tuple(value.shape),
-                          lambda value=value: value.detach().float().numpy())  # type: ignore[misc]
+        yield (
+            name,
+            Entry(
+                str(value.dtype).removeprefix("torch."),
+                tuple(value.shape),
+                lambda value=value: value.detach().float().numpy(),
+            ),
+        )  # type: ignore[misc]
 
 
 def _import_torch(purpose: str) -> Any:
@@ -120,8 +132,16 @@ def _import_torch(purpose: str) -> Any:
     return torch
 
 
-def write_shards(folder: Path, named: list[Named], values: Iterator[np.ndarray], *, dtype: Dtype, format: Format,
-                 max_shard_bytes: float, aliases: dict[str, str]) -> list[str]:
+def write_shards(
+    folder: Path,
+    named: list[Named],
+    values: Iterator[np.ndarray],
+    *,
+    dtype: Dtype,
+    format: Format,
+    max_shard_bytes: float,
+    aliases: dict[str, str],
+) -> list[str]:
     """Writes tensors to a folder, in one file, or in several with an index, as transformers names them.
 
     One tensor is in memory at a time; PyTorch's format takes a shard.
@@ -191,8 +211,9 @@ def _write_safetensors(path: Path, shard: list[Named], dtype: Dtype, values: Ite
             file.write(np.ascontiguousarray(next(values)).reshape(-1).view(np.uint8).data)
 
 
-def _write_pytorch(path: Path, shard: list[Named], dtype: Dtype, values: Iterator[np.ndarray],
-                   aliases: dict[str, str]) -> list[Named]:
+def _write_pytorch(
+    path: Path, shard: list[Named], dtype: Dtype, values: Iterator[np.ndarray], aliases: dict[str, str]
+) -> list[Named]:
     torch = _import_torch(f"write {path.name}")
     state = {}
     for name, _ in shard:

@@ -38,13 +38,27 @@ def write_folder(folder: Path, std: float = 0.1, **changes) -> dict[str, np.ndar
     config = {"model_type": "gpt2", **SIZES, **changes}
     rng = np.random.default_rng(0)
     d = config["n_embd"]
-    layer = {"ln_1.weight": (d,), "ln_1.bias": (d,), "attn.c_attn.weight": (d, 3 * d), "attn.c_attn.bias": (3 * d,),
-             "attn.c_proj.weight": (d, d), "attn.c_proj.bias": (d,), "ln_2.weight": (d,), "ln_2.bias": (d,),
-             "mlp.c_fc.weight": (d, 4 * d), "mlp.c_fc.bias": (4 * d,), "mlp.c_proj.weight": (4 * d, d),
-             "mlp.c_proj.bias": (d,)}
-    shapes = {"wte.weight": (config["vocab_size"], d), "wpe.weight": (config["n_positions"], d),
-              **{f"h.{i}.{name}": shape for i in range(config["n_layer"]) for name, shape in layer.items()},
-              "ln_f.weight": (d,), "ln_f.bias": (d,)}
+    layer = {
+        "ln_1.weight": (d,),
+        "ln_1.bias": (d,),
+        "attn.c_attn.weight": (d, 3 * d),
+        "attn.c_attn.bias": (3 * d,),
+        "attn.c_proj.weight": (d, d),
+        "attn.c_proj.bias": (d,),
+        "ln_2.weight": (d,),
+        "ln_2.bias": (d,),
+        "mlp.c_fc.weight": (d, 4 * d),
+        "mlp.c_fc.bias": (4 * d,),
+        "mlp.c_proj.weight": (4 * d, d),
+        "mlp.c_proj.bias": (d,),
+    }
+    shapes = {
+        "wte.weight": (config["vocab_size"], d),
+        "wpe.weight": (config["n_positions"], d),
+        **{f"h.{i}.{name}": shape for i in range(config["n_layer"]) for name, shape in layer.items()},
+        "ln_f.weight": (d,),
+        "ln_f.bias": (d,),
+    }
     tensors = {f"transformer.{name}": rng.normal(0, std, shape).astype(np.float32) for name, shape in shapes.items()}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))

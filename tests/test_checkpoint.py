@@ -22,7 +22,9 @@ def at_step(state, step):
 
 
 def abstract(trainer):
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), trainer.state, trainer.shardings)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), trainer.state, trainer.shardings
+    )
 
 
 def assert_equal(a, b):
@@ -87,7 +89,10 @@ def test_a_failed_background_save_is_raised(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpointer._manager, "wait_until_finished", fail)
-    with pytest.raises(UserError, match=r"saving to .*/checkpoints failed \(.*No space left.*\); the last complete checkpoint is step 1"):
+    with pytest.raises(
+        UserError,
+        match=r"saving to .*/checkpoints failed \(.*No space left.*\); the last complete checkpoint is step 1",
+    ):
         checkpointer.wait()
 
 

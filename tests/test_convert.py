@@ -50,7 +50,8 @@ def test_there_and_back(tmp_path, monkeypatch, capsys):
     assert back.keys() == tensors.keys()
     assert all(np.array_equal(back[name], tensors[name]) for name in tensors)
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads(
-        (tmp_path / "hf" / "config.json").read_text())
+        (tmp_path / "hf" / "config.json").read_text()
+    )
     for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"):
         assert (tmp_path / "back" / name).exists()
     ids = [tokenizer.encode("the patient received")]
@@ -97,10 +98,13 @@ def test_mistakes_end_with_one_line(tmp_path, monkeypatch, capsys):
 
 def test_help_is_quick_and_imports_nothing_heavy(subprocess_env):
     begin = time.perf_counter()
-    script = ("import sys; sys.argv = ['convert', 'to-hf', '--help']\nfrom biomedlm_jax import convert\n"
-              "try: convert.main()\nexcept SystemExit: assert not {'jax', 'numpy', 'torch'} & set(sys.modules)")
-    result = subprocess.run([sys.executable, "-c", script], env=subprocess_env, check=True, stdout=subprocess.PIPE,
-                            text=True)
+    script = (
+        "import sys; sys.argv = ['convert', 'to-hf', '--help']\nfrom biomedlm_jax import convert\n"
+        "try: convert.main()\nexcept SystemExit: assert not {'jax', 'numpy', 'torch'} & set(sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=subprocess_env, check=True, stdout=subprocess.PIPE, text=True
+    )
     assert time.perf_counter() - begin < 5
     for option in ("--checkpoint", "--output", "--step", "--dtype", "--format"):
         assert option in result.stdout

@@ -80,8 +80,11 @@ def test_windows_and_lines_may_be_large(tmp_path):
     assert documents[0].text == text
 
 
-@pytest.mark.parametrize("data", [LINES.replace(b"\n", b"\r\n"), b"\xef\xbb\xbf" + LINES, LINES.rstrip(b"\n"),
-                                  LINES.replace(b"\n", b"\n \r\n\n")], ids=["CRLF", "BOM", "no last newline", "blank"])
+@pytest.mark.parametrize(
+    "data",
+    [LINES.replace(b"\n", b"\r\n"), b"\xef\xbb\xbf" + LINES, LINES.rstrip(b"\n"), LINES.replace(b"\n", b"\n \r\n\n")],
+    ids=["CRLF", "BOM", "no last newline", "blank"],
+)
 def test_line_ends_and_byte_order_mark(tmp_path, data):
     documents, report = read(tmp_path / "shard.jsonl", data)
     assert [document.text for document in documents] == TEXTS
@@ -134,8 +137,13 @@ def test_the_report_of_many_files(tmp_path):
     assert report.bad_fraction == 6 / 10
     assert report.samples["not JSON"] == [f"{paths[0]}:2", f"{paths[0]}:3", f"{paths[1]}:2"]
     assert json.loads(json.dumps(report.as_dict())) == {
-        "documents": 2, "bytes": 8, "dropped": {"not JSON": 4, "another set": 2, "wrong type": 2},
-        "replaced_surrogates": 0, "bad_fraction": 0.6, "samples": report.samples}
+        "documents": 2,
+        "bytes": 8,
+        "dropped": {"not JSON": 4, "another set": 2, "wrong type": 2},
+        "replaced_surrogates": 0,
+        "bad_fraction": 0.6,
+        "samples": report.samples,
+    }
     assert ReadReport().bad_fraction == 0
 
 
@@ -235,8 +243,9 @@ def test_a_text_file_is_one_document(tmp_path, pack):
     assert report == ReadReport(documents=1, bytes=len(text.encode()))
 
 
-@pytest.mark.parametrize("data, reason, line", [(b"", "empty", 1), (b" \n\n", "empty", 1),
-                                                (b"one\ntwo\n\xff\n", "invalid UTF-8", 3)])
+@pytest.mark.parametrize(
+    "data, reason, line", [(b"", "empty", 1), (b" \n\n", "empty", 1), (b"one\ntwo\n\xff\n", "invalid UTF-8", 3)]
+)
 def test_text_files_left_out(tmp_path, data, reason, line):
     documents, report = read(tmp_path / "a.txt", data, "text")
     assert not documents
@@ -271,8 +280,10 @@ def test_globs(tmp_path, monkeypatch):
     assert expand_globs(["~/a.*"]) == [f"{tmp_path}/a.txt"]
 
 
-@pytest.mark.parametrize("patterns, missing", [(["a.txt", "no*.txt"], r"no\*.txt"), (["deep"], r"deep.*deep/\*"),
-                                               (["deep/*/"], "deep"), ([""], "''")])
+@pytest.mark.parametrize(
+    "patterns, missing",
+    [(["a.txt", "no*.txt"], r"no\*.txt"), (["deep"], r"deep.*deep/\*"), (["deep/*/"], "deep"), ([""], "''")],
+)
 def test_a_glob_without_files_is_named_with_the_folder(tmp_path, monkeypatch, patterns, missing):
     (tmp_path / "a.txt").touch()
     (tmp_path / "deep/er").mkdir(parents=True)
@@ -284,16 +295,32 @@ def test_a_glob_without_files_is_named_with_the_folder(tmp_path, monkeypatch, pa
 
 # --- Anything at all ---------------------------------------------------------------------------------------------
 
-JSON = st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3))
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+)
 NAMES = st.sampled_from([ABSTRACTS, CENTRAL, "Github"])
-RECORDS = st.fixed_dictionaries({}, optional={"text": st.text() | JSON, "meta": st.one_of(
-    JSON, st.fixed_dictionaries({"pile_set_name": NAMES | JSON}))}) | JSON
+RECORDS = (
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "text": st.text() | JSON,
+            "meta": st.one_of(JSON, st.fixed_dictionaries({"pile_set_name": NAMES | JSON})),
+        },
+    )
+    | JSON
+)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(RECORDS.map(lambda record: json.dumps(record).encode()) | st.binary().map(
-    lambda data: data.replace(b"\n", b"\r")), max_size=8), st.sampled_from([bytes, gzip.compress, zstd_stream]))
+@given(
+    st.lists(
+        RECORDS.map(lambda record: json.dumps(record).encode())
+        | st.binary().map(lambda data: data.replace(b"\n", b"\r")),
+        max_size=8,
+    ),
+    st.sampled_from([bytes, gzip.compress, zstd_stream]),
+)
 def test_every_line_is_kept_or_counted(tmp_path, lines, pack):
     data = b"\n".join(lines)
     if pack is bytes and data[:2] == b"\x1f\x8b":

@@ -36,7 +36,7 @@ def test_the_batch_is_a_function_of_seed_and_step():
 
 
 def test_every_row_once_an_epoch_and_in_another_order():
-    rows = [row for batch in read(0, 25) for row in batch]    # 4 epochs of 50 rows
+    rows = [row for batch in read(0, 25) for row in batch]  # 4 epochs of 50 rows
     epochs = [rows[start : start + 50] for start in range(0, 200, 50)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
@@ -66,10 +66,12 @@ def test_each_process_reads_its_own_rows(monkeypatch):
     everything = batch_sharding.devices_indices_map((16, 4))
     seen = []
     for device in mesh.devices.flat:
+
         class OneProcess:
             @staticmethod
             def addressable_devices_indices_map(shape, device=device):
                 return {device: everything[device]}
+
         local = data._local_rows(OneProcess, (16, 4))
         assert len(local) == 2
         seen += local.tolist()
@@ -77,7 +79,7 @@ def test_each_process_reads_its_own_rows(monkeypatch):
 
 
 def test_held_out_rows_come_once_and_padding_is_masked():
-    rows = make_rows(11, tokens=11 * 4 - 3)    # the last row holds one token and three of padding
+    rows = make_rows(11, tokens=11 * 4 - 3)  # the last row holds one token and three of padding
     mesh = sharding.make_mesh(MeshConfig())
     batches = list(data.eval_batches(rows, 8, sharding.batch_sharding(mesh)))
     assert len(batches) == data.eval_batch_count(rows, 8) == 2
@@ -92,7 +94,11 @@ def test_held_out_rows_come_once_and_padding_is_masked():
 @pytest.mark.parametrize("name", ["rows_sha256", "rows", "n_positions", "seed", "global_batch_size"])
 def test_identity_holds_what_batches_depend_on(name):
     base = data.identity(make_rows(10), 0, 8)
-    others = {"rows_sha256": data.identity(Rows(Source(10), 4, 40, "other", None), 0, 8),
-              "rows": data.identity(make_rows(11), 0, 8), "n_positions": data.identity(make_rows(10, width=5), 0, 8),
-              "seed": data.identity(make_rows(10), 1, 8), "global_batch_size": data.identity(make_rows(10), 0, 16)}
+    others = {
+        "rows_sha256": data.identity(Rows(Source(10), 4, 40, "other", None), 0, 8),
+        "rows": data.identity(make_rows(11), 0, 8),
+        "n_positions": data.identity(make_rows(10, width=5), 0, 8),
+        "seed": data.identity(make_rows(10), 1, 8),
+        "global_batch_size": data.identity(make_rows(10), 0, 16),
+    }
     assert base[name] != others[name][name]

@@ -18,7 +18,9 @@ HELD_OUT = [synthetic.generate(index).text for index in range(200, 203)]
 
 
 def pile_file(path, texts):
-    path.write_text("".join(json.dumps({"text": text, "meta": {"pile_set_name": "PubMed Central"}}) + "\n" for text in texts))
+    path.write_text(
+        "".join(json.dumps({"text": text, "meta": {"pile_set_name": "PubMed Central"}}) + "\n" for text in texts)
+    )
     return str(path)
 
 
@@ -29,10 +31,14 @@ def run(tmp_path_factory):
     texts = [synthetic.generate(index).text for index in range(200)]
     config = tiny.replace(
         model={"vocab_size": 600, "n_positions": 64, "n_embd": 64},
-        data={"source": "pile", "train_files": pile_file(folder / "train.jsonl", texts),
-              "eval_files": pile_file(folder / "val.jsonl", HELD_OUT)},
+        data={
+            "source": "pile",
+            "train_files": pile_file(folder / "train.jsonl", texts),
+            "eval_files": pile_file(folder / "val.jsonl", HELD_OUT),
+        },
         train={"steps": 12, "log_every": 2, "eval_every": 6, "checkpoint_every": 6},
-        run={"dir": str(folder / "run")})
+        run={"dir": str(folder / "run")},
+    )
     assert train_lib.train(config) == 0
     return folder / "run"
 
@@ -46,7 +52,8 @@ def test_equals_the_training_run_and_a_sum_over_rows(run):
     recorded = [line for line in metrics.read_metrics(run) if "eval/loss" in line]
     assert results["loss"] == pytest.approx(recorded[-1]["eval/loss"], abs=1e-5)
     assert evaluate(run, [str(run.parent / "val.jsonl")], step_number=6)["loss"] == pytest.approx(
-        recorded[-2]["eval/loss"], abs=1e-5)
+        recorded[-2]["eval/loss"], abs=1e-5
+    )
 
     model = load_model(run)
     ids = [token for text in HELD_OUT for token in [*model.tokenizer.encode(text), model.tokenizer.eos_id]]
@@ -60,15 +67,31 @@ def test_equals_the_training_run_and_a_sum_over_rows(run):
     assert results["tokens"] == count and results["documents"] == 3
     assert results["loss"] == pytest.approx(nll / count, abs=1e-5)
     assert results["perplexity"] == pytest.approx(math.exp(nll / count), rel=1e-4)
-    assert results["bits_per_byte"] == pytest.approx(nll / math.log(2) / sum(len(text.encode()) for text in HELD_OUT), rel=1e-4)
+    assert results["bits_per_byte"] == pytest.approx(
+        nll / math.log(2) / sum(len(text.encode()) for text in HELD_OUT), rel=1e-4
+    )
 
 
 def test_plain_text_and_the_command(run, tmp_path, subprocess_env):
     (tmp_path / "a.txt").write_text(HELD_OUT[0])
     (tmp_path / "b.txt").write_text(HELD_OUT[1])
     result = subprocess.run(
-        [sys.executable, "-m", "biomedlm_jax.evaluate", "--checkpoint", str(run), "--data", str(tmp_path / "*.txt"),
-         "--output", str(tmp_path / "results.json")], capture_output=True, text=True, env=subprocess_env, check=True)
+        [
+            sys.executable,
+            "-m",
+            "biomedlm_jax.evaluate",
+            "--checkpoint",
+            str(run),
+            "--data",
+            str(tmp_path / "*.txt"),
+            "--output",
+            str(tmp_path / "results.json"),
+        ],
+        capture_output=True,
+        text=True,
+        env=subprocess_env,
+        check=True,
+    )
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["documents"] == 2
     assert f"perplexity {written['perplexity']:.2f}" in result.stdout
@@ -78,9 +101,10 @@ def test_plain_text_and_the_command(run, tmp_path, subprocess_env):
 def test_mistakes_are_named(run, tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
     for path, files, message in [
-            (tmp_path, ["x"], "is neither the folder of a run .* nor a Hugging Face folder"),
-            (run, [str(tmp_path / "none.txt")], "none.txt"),
-            (run, [str(tmp_path / "empty.txt")], "no text to evaluate; left out: {'empty': 1}")]:
+        (tmp_path, ["x"], "is neither the folder of a run .* nor a Hugging Face folder"),
+        (run, [str(tmp_path / "none.txt")], "none.txt"),
+        (run, [str(tmp_path / "empty.txt")], "no text to evaluate; left out: {'empty': 1}"),
+    ]:
         with pytest.raises(UserError, match=message):
             evaluate(path, files)
 

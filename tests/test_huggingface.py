@@ -23,8 +23,15 @@ from biomedlm_jax.errors import UserError
 ODD_SIZES = [
     {"vocab_size": 101, "n_positions": 17, "n_embd": 30, "n_layer": 3, "n_head": 3},
     {"vocab_size": 67, "n_positions": 9, "n_embd": 64, "n_layer": 5, "n_head": 4, "layer_norm_epsilon": 1e-3},
-    {"vocab_size": 50, "n_positions": 12, "n_embd": 7, "n_layer": 1, "n_head": 1, "reorder_and_upcast_attn": True,
-     "activation_function": "gelu_pytorch_tanh"},
+    {
+        "vocab_size": 50,
+        "n_positions": 12,
+        "n_embd": 7,
+        "n_layer": 1,
+        "n_head": 1,
+        "reorder_and_upcast_attn": True,
+        "activation_function": "gelu_pytorch_tanh",
+    },
 ]
 
 
@@ -36,7 +43,8 @@ def bits(value):
 def same(tensors, others):
     return tensors.keys() == others.keys() and all(
         value.dtype == others[name].dtype and value.shape == others[name].shape and bits(value) == bits(others[name])
-        for name, value in tensors.items())
+        for name, value in tensors.items()
+    )
 
 
 # ------------------------------------------------------------------------------------------ the same numbers
@@ -101,11 +109,13 @@ def test_round_trip_is_bit_identical(tmp_path, dtype, format, max_shard_bytes):
     source = read_folder(tmp_path / "source")
     assert {str(value.dtype) for value in source.values()} == {dtype}
     huggingface.import_model(tmp_path / "source", tmp_path / "run")
-    written = huggingface.export(tmp_path / "run", tmp_path / "back", dtype=dtype, format=format,
-                                 max_shard_bytes=max_shard_bytes)
+    written = huggingface.export(
+        tmp_path / "run", tmp_path / "back", dtype=dtype, format=format, max_shard_bytes=max_shard_bytes
+    )
     back = tmp_path / "back"
     assert sorted(file.name for file in written.files) == sorted(
-        file.name for file in back.iterdir() if file.suffix in (".safetensors", ".bin"))
+        file.name for file in back.iterdir() if file.suffix in (".safetensors", ".bin")
+    )
     assert (len(written.files) > 1) == (max_shard_bytes < 1e9)
     for name in ("config.json", "generation_config.json"):
         assert (back / name).read_bytes() == (tmp_path / "source" / name).read_bytes()
@@ -114,11 +124,14 @@ def test_round_trip_is_bit_identical(tmp_path, dtype, format, max_shard_bytes):
         names = sorted(file.name for file in (tmp_path / "source").glob("*.safetensors*"))
         assert names == sorted(file.name for file in back.glob("*.safetensors*"))
         if len(written.files) > 1:
-            ours, theirs = (json.loads((tmp_path / folder / "model.safetensors.index.json").read_text())
-                            for folder in ("back", "source"))
+            ours, theirs = (
+                json.loads((tmp_path / folder / "model.safetensors.index.json").read_text())
+                for folder in ("back", "source")
+            )
             assert ours["weight_map"] == theirs["weight_map"]
-            assert all(sum(value.nbytes for value in load_file(file).values()) <= max_shard_bytes
-                       for file in written.files)
+            assert all(
+                sum(value.nbytes for value in load_file(file).values()) <= max_shard_bytes for file in written.files
+            )
             assert ours["metadata"]["total_size"] == theirs["metadata"]["total_size"] == written.total_bytes
     else:
         state = {name: value for file in written.files for name, value in torch.load(file, weights_only=True).items()}
@@ -153,8 +166,15 @@ def test_published_layout(tmp_path, caplog, bare, zip_file):
         state = {name.removeprefix("transformer."): value for name, value in state.items()}
     model.config.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config |= {"unknown_field": {"nested": [1, None, "µ"]}, "n_ctx": 17, "resid_pdrop": 0.25, "use_cache": False,
-               "summary_type": "mean", "layer_norm_epsilon": 1e-3, "task_specific_params": {"a": {"b": 1}}}
+    config |= {
+        "unknown_field": {"nested": [1, None, "µ"]},
+        "n_ctx": 17,
+        "resid_pdrop": 0.25,
+        "use_cache": False,
+        "summary_type": "mean",
+        "layer_norm_epsilon": 1e-3,
+        "task_specific_params": {"a": {"b": 1}},
+    }
     del config["n_inner"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zip_file)
@@ -199,9 +219,17 @@ def test_exported_run_loads_with_transformers(tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     tokenizer = make_tokenizer()
-    config = config_lib.Config(model=config_lib.ModelConfig(
-        vocab_size=tokenizer.vocab_size, n_positions=32, n_embd=24, n_layer=2, n_head=2, compute_dtype="float32",
-        initializer_range=0.2))
+    config = config_lib.Config(
+        model=config_lib.ModelConfig(
+            vocab_size=tokenizer.vocab_size,
+            n_positions=32,
+            n_embd=24,
+            n_layer=2,
+            n_head=2,
+            compute_dtype="float32",
+            initializer_range=0.2,
+        )
+    )
     run = tmp_path / "run"
     tokenizer.save(run / "tokenizer")
     config_lib.save_config(config, run / "config.yaml")
@@ -235,11 +263,33 @@ def test_exported_run_loads_with_transformers(tmp_path):
 
 
 GPT2_OWN_FIELDS = {
-    "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function", "resid_pdrop",
-    "embd_pdrop", "attn_pdrop", "layer_norm_epsilon", "initializer_range", "summary_type", "summary_use_proj",
-    "summary_activation", "summary_proj_to_labels", "summary_first_dropout", "scale_attn_weights", "use_cache",
-    "bos_token_id", "eos_token_id", "pad_token_id", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn",
-    "add_cross_attention", "tie_word_embeddings"}
+    "vocab_size",
+    "n_positions",
+    "n_embd",
+    "n_layer",
+    "n_head",
+    "n_inner",
+    "activation_function",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+    "layer_norm_epsilon",
+    "initializer_range",
+    "summary_type",
+    "summary_use_proj",
+    "summary_activation",
+    "summary_proj_to_labels",
+    "summary_first_dropout",
+    "scale_attn_weights",
+    "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "scale_attn_by_inverse_layer_idx",
+    "reorder_and_upcast_attn",
+    "add_cross_attention",
+    "tie_word_embeddings",
+}
 
 
 def test_large_values_do_not_become_infinite_in_float16(tmp_path):
@@ -259,17 +309,20 @@ def test_large_values_do_not_become_infinite_in_float16(tmp_path):
 # ------------------------------------------------------------------------------------------- what is refused
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"model_type": "llama"}, "model_type is 'llama'"),
-    ({"activation_function": "relu"}, "activation_function is 'relu'"),
-    ({"n_inner": 64}, "n_inner is 64"),
-    ({"scale_attn_weights": False}, "scale_attn_weights is False"),
-    ({"add_cross_attention": True}, "add_cross_attention is True"),
-    ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
-    ({"n_embd": "30"}, "n_embd is '30'"),
-    ({"n_layer": True}, "n_layer is True"),
-    ({"n_head": 4}, "n_head must divide"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"activation_function": "relu"}, "activation_function is 'relu'"),
+        ({"n_inner": 64}, "n_inner is 64"),
+        ({"scale_attn_weights": False}, "scale_attn_weights is False"),
+        ({"add_cross_attention": True}, "add_cross_attention is True"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+        ({"n_embd": "30"}, "n_embd is '30'"),
+        ({"n_layer": True}, "n_layer is True"),
+        ({"n_head": 4}, "n_head must divide"),
+    ],
+)
 def test_models_that_cannot_be_computed_are_refused(tmp_path, change, message):
     write_folder(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -299,9 +352,14 @@ def test_all_wrong_tensors_are_listed_at_once(tmp_path):
         huggingface.load_params(tmp_path)
     lines = {line.strip() for line in str(raised.value).splitlines()[1:]}
     assert lines == {
-        "h.1.ln_2.bias is missing", "wpe.weight is missing", "wte.weight is there twice",
-        "h.0.mlp.c_fc.weight has shape (120, 30), not (30, 120)", "h.3.ln_1.bias is no tensor of this model",
-        "score.weight is no tensor of this model", "ln_f.bias has type F64, not float32, bfloat16, float16"}
+        "h.1.ln_2.bias is missing",
+        "wpe.weight is missing",
+        "wte.weight is there twice",
+        "h.0.mlp.c_fc.weight has shape (120, 30), not (30, 120)",
+        "h.3.ln_1.bias is no tensor of this model",
+        "score.weight is no tensor of this model",
+        "ln_f.bias has type F64, not float32, bfloat16, float16",
+    }
 
 
 class Malicious:
@@ -394,7 +452,10 @@ def test_an_export_is_complete_or_not_there(tmp_path, monkeypatch):
     assert not list((tmp_path / "out").iterdir()) and not (tmp_path / "out.partial").exists()
     huggingface.export(tmp_path / "run", tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "config.json", "generation_config.json", "model.safetensors"]
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
 
 
 def test_damaged_checkpoints_are_explained(tmp_path):
@@ -437,7 +498,12 @@ print((peak() - before) / 4 / sum(np.prod(shape) for shape in huggingface.parame
 def test_memory_does_not_grow_with_the_model(tmp_path, subprocess_env):
     run, hf = str(tmp_path / "run"), str(tmp_path / "hf")
     for args in (["make", run], ["export", run, hf], ["import", hf, str(tmp_path / "run2")]):
-        result = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT, *args], env=subprocess_env, check=True,
-                                stdout=subprocess.PIPE, text=True)
+        result = subprocess.run(
+            [sys.executable, "-c", MEMORY_SCRIPT, *args],
+            env=subprocess_env,
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         # Of a model of 320 MB; a single copy would be 1, and what is constant is 0.2.
         assert float(result.stdout) < 0.5, args

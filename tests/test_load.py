@@ -56,20 +56,23 @@ def test_token_arrays_of_any_kind(folders):
     assert np.abs(shifted - logits).max() > 0.01
 
 
-@pytest.mark.parametrize(("args", "message"), [
-    (([1, 2, 3],), r"tokens must have the shape \[batch, seq\], not \[3\]"),
-    (([[]],), r"tokens must have the shape"),
-    (([[1, 2], [3]],), "rows of different lengths"),
-    (([[0.5]],), "tokens must be integers, not float64"),
-    (([[True]],), "tokens must be integers, not bool"),
-    (([[3, 101]],), "tokens: 101 is out of the vocabulary, 0 to 100"),
-    (([[-1]],), "tokens: -1 is out of the vocabulary"),
-    (([[2**40]],), "tokens: 1099511627776 is out of the vocabulary"),
-    ((np.zeros((1, 18), int),), "18 in a row, and the model reads up to 17"),
-    (([[1, 2]], [[1]]), r"attention_mask has shape \[1, 1\], and tokens have \[1, 2\]"),
-    (([[1, 2]], [[1, 2]]), "attention_mask: 2 is out of the mask, 0 to 1"),
-    (([[1, 2]], None, [[0, 17]]), "position_ids: 17 is out of the model's positions, 0 to 16"),
-])
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (([1, 2, 3],), r"tokens must have the shape \[batch, seq\], not \[3\]"),
+        (([[]],), r"tokens must have the shape"),
+        (([[1, 2], [3]],), "rows of different lengths"),
+        (([[0.5]],), "tokens must be integers, not float64"),
+        (([[True]],), "tokens must be integers, not bool"),
+        (([[3, 101]],), "tokens: 101 is out of the vocabulary, 0 to 100"),
+        (([[-1]],), "tokens: -1 is out of the vocabulary"),
+        (([[2**40]],), "tokens: 1099511627776 is out of the vocabulary"),
+        ((np.zeros((1, 18), int),), "18 in a row, and the model reads up to 17"),
+        (([[1, 2]], [[1]]), r"attention_mask has shape \[1, 1\], and tokens have \[1, 2\]"),
+        (([[1, 2]], [[1, 2]]), "attention_mask: 2 is out of the mask, 0 to 1"),
+        (([[1, 2]], None, [[0, 17]]), "position_ids: 17 is out of the model's positions, 0 to 16"),
+    ],
+)
 def test_what_the_model_cannot_take_is_refused(folders, args, message):
     with pytest.raises(UserError, match=message):
         load_model(folders / "hf")(*args)

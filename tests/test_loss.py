@@ -8,8 +8,12 @@ from biomedlm_jax.loss import next_token_loss, target_count
 
 def inputs(batch=3, seq=12, embd=8, vocab=29):
     keys = jax.random.split(jax.random.key(0), 4)
-    return (jax.random.normal(keys[0], (batch, seq, embd)), jax.random.normal(keys[1], (vocab, embd)),
-            jax.random.randint(keys[2], (batch, seq), 0, vocab), jax.random.bernoulli(keys[3], 0.7, (batch, seq)))
+    return (
+        jax.random.normal(keys[0], (batch, seq, embd)),
+        jax.random.normal(keys[1], (vocab, embd)),
+        jax.random.randint(keys[2], (batch, seq), 0, vocab),
+        jax.random.bernoulli(keys[3], 0.7, (batch, seq)),
+    )
 
 
 def loss_in_float64(hidden, wte, tokens, mask):
@@ -44,7 +48,9 @@ def test_chunks_bound_the_logits():
     hidden, wte, tokens, mask = inputs(batch=2, seq=64, vocab=512)
 
     def largest(chunk):
-        jaxpr = jax.make_jaxpr(jax.grad(lambda h, w: next_token_loss(h, w, tokens, mask, chunk), argnums=(0, 1)))(hidden, wte)
+        jaxpr = jax.make_jaxpr(jax.grad(lambda h, w: next_token_loss(h, w, tokens, mask, chunk), argnums=(0, 1)))(
+            hidden, wte
+        )
         return max(np.prod(var.aval.shape) for var in all_vars(jaxpr.jaxpr))
 
     assert largest(0) >= 2 * 64 * 512

@@ -41,8 +41,9 @@ def test_reference_attention_equals_brute_force(shape):
     np.testing.assert_allclose(causal_attention(qkv, 0.3), attention_in_float64(qkv, 0.3), atol=1e-5)
     mask = np.ones((batch, seq), bool)
     mask[-1, 1 : seq // 2] = False
-    np.testing.assert_allclose(causal_attention(qkv, 0.3, mask=jnp.asarray(mask)), attention_in_float64(qkv, 0.3, mask),
-                               atol=1e-5)
+    np.testing.assert_allclose(
+        causal_attention(qkv, 0.3, mask=jnp.asarray(mask)), attention_in_float64(qkv, 0.3, mask), atol=1e-5
+    )
 
 
 def test_attention_dropout_keeps_the_mean_and_needs_a_key():
@@ -50,7 +51,8 @@ def test_attention_dropout_keeps_the_mean_and_needs_a_key():
     sure = causal_attention(qkv, 0.5, dropout=0.4)
     np.testing.assert_array_equal(sure, causal_attention(qkv, 0.5))
     draws = jax.vmap(lambda key: causal_attention(qkv, 0.5, dropout=0.4, dropout_key=key))(
-        jax.random.split(jax.random.key(1), 4000))
+        jax.random.split(jax.random.key(1), 4000)
+    )
     assert float(jnp.std(draws, axis=0).min()) > 0.01
     np.testing.assert_allclose(draws.mean(0), sure, atol=0.08)
 
@@ -73,9 +75,14 @@ def test_parameters_are_counted_and_initialised_as_published():
     params = model_lib.init_params(config, 0)
     assert sum(x.size for x in jax.tree.leaves(params)) == model_lib.param_count(config)
     h = params["h"]
-    for kernel, stddev in ((h["attn"]["c_attn"]["kernel"], 0.02), (h["mlp"]["c_fc"]["kernel"], 0.02),
-                           (h["attn"]["c_proj"]["kernel"], 0.02 / 4), (h["mlp"]["c_proj"]["kernel"], 0.02 / 4),
-                           (params["wte"]["embedding"], 0.02), (params["wpe"]["embedding"], 0.02)):
+    for kernel, stddev in (
+        (h["attn"]["c_attn"]["kernel"], 0.02),
+        (h["mlp"]["c_fc"]["kernel"], 0.02),
+        (h["attn"]["c_proj"]["kernel"], 0.02 / 4),
+        (h["mlp"]["c_proj"]["kernel"], 0.02 / 4),
+        (params["wte"]["embedding"], 0.02),
+        (params["wpe"]["embedding"], 0.02),
+    ):
         assert float(kernel.std()) == pytest.approx(stddev, rel=0.03)
         assert abs(float(kernel.mean())) < stddev / 20
     # No two layers start alike.
@@ -101,8 +108,17 @@ def big_params(config):
     return treedef.unflatten([x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)])
 
 
-@pytest.mark.parametrize("changes", [{"unroll": 3}, {"unroll": 2}, {"unroll": 99}, {"remat": "matmuls"}, {"remat": "full"},
-                                     {"remat": "full", "unroll": 3}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"unroll": 3},
+        {"unroll": 2},
+        {"unroll": 99},
+        {"remat": "matmuls"},
+        {"remat": "full"},
+        {"remat": "full", "unroll": 3},
+    ],
+)
 def test_execution_settings_change_no_numbers(changes):
     params, tokens = big_params(SMALL), random_tokens()
 

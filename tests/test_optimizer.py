@@ -7,8 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from biomedlm_jax.optimizer import cosine_with_warmup, decoupled_adamw, make_optimizer
 from biomedlm_jax.config import OptimizerConfig
+from biomedlm_jax.optimizer import cosine_with_warmup, decoupled_adamw, make_optimizer
 
 # Made with mosaicml 0.32.1's DecoupledAdamW on float64 tensors; its "source" says how.
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "decoupled_adamw.json").read_text())
@@ -24,8 +24,14 @@ def as_arrays(tree):
 
 def test_follows_composer_in_float64():
     with jax.enable_x64(True):
-        optimizer = decoupled_adamw(golden_schedule(), GOLDEN["learning_rate"], GOLDEN["beta1"], GOLDEN["beta2"],
-                                    GOLDEN["eps"], weight_decay=GOLDEN["weight_decay"])
+        optimizer = decoupled_adamw(
+            golden_schedule(),
+            GOLDEN["learning_rate"],
+            GOLDEN["beta1"],
+            GOLDEN["beta2"],
+            GOLDEN["eps"],
+            weight_decay=GOLDEN["weight_decay"],
+        )
         params = as_arrays(GOLDEN["initial"])
         opt_state = optimizer.init(params)
         for gradients, expected in zip(GOLDEN["gradients"], GOLDEN["parameters"], strict=True):
@@ -55,8 +61,12 @@ def test_schedule_ends_at_its_final_fraction_and_needs_no_warmup():
 
 @pytest.mark.parametrize("clip_norm", [1.0, 0.0])
 def test_clips_by_the_global_norm(clip_norm):
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1.0, beta1=0.0, beta2=0.0, eps=1.0, weight_decay=0.0,
-                                               warmup_steps=0, clip_norm=clip_norm), total_steps=10)
+    optimizer = make_optimizer(
+        OptimizerConfig(
+            learning_rate=1.0, beta1=0.0, beta2=0.0, eps=1.0, weight_decay=0.0, warmup_steps=0, clip_norm=clip_norm
+        ),
+        total_steps=10,
+    )
     params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
     gradients = {"a": jnp.asarray([6.0]), "b": jnp.asarray([8.0])}
     updates, _ = optimizer.update(gradients, optimizer.init(params), params)

@@ -28,8 +28,15 @@ def pile_config(tmp_path):
     (train / "00.jsonl").write_text("".join(lines[:30]))
     (train / "01.jsonl.gz").write_bytes(gzip.compress("".join(lines[30:]).encode()))
     held_out.write_text(pile_line("Held out\nA text of its own."))
-    return tiny.replace(model={"vocab_size": 600}, data={
-        "source": "pile", "train_files": str(train / "*"), "eval_files": str(held_out), "dir": str(tmp_path / "prepared")})
+    return tiny.replace(
+        model={"vocab_size": 600},
+        data={
+            "source": "pile",
+            "train_files": str(train / "*"),
+            "eval_files": str(held_out),
+            "dir": str(tmp_path / "prepared"),
+        },
+    )
 
 
 def prepared_ids(folder, split):
@@ -39,7 +46,7 @@ def prepared_ids(folder, split):
 
 def test_packing_is_the_concatenation_of_documents(tmp_path):
     tokenizer = train_tokenizer(ABSTRACTS, 600, tmp_path)
-    documents = [Document(text, "PubMed Abstracts") for text in ABSTRACTS * 10]    # more than one batch of encoding
+    documents = [Document(text, "PubMed Abstracts") for text in ABSTRACTS * 10]  # more than one batch of encoding
     packed = list(rows.pack_rows(documents, tokenizer, 16))
     expected = [token for text in ABSTRACTS * 10 for token in [*tokenizer.encode(text), tokenizer.eos_id]]
     assert np.concatenate(packed).tolist() == expected
@@ -95,11 +102,12 @@ def test_what_is_there_is_used_and_anything_else_refused(pile_config):
     # Prepared rows serve without the text that they were made from.
     rows.ensure_prepared(tiny.replace(pile_config, data={"train_files": (), "eval_files": ()}))
     for changes, message in [
-            ({"model": {"vocab_size": 700}}, "model.vocab_size 600, and this configuration has 700"),
-            ({"model": {"n_positions": 32}}, "model.n_positions 16, and this configuration has 32"),
-            ({"data": {"pile_sets": ("PubMed Central",)}}, "data.pile_sets .*PubMed Central"),
-            ({"data": {"train_files": "elsewhere/*"}}, "data.train_files .*elsewhere"),
-            ({"data": {"source": "synthetic"}}, "data.source pile, and this configuration has synthetic")]:
+        ({"model": {"vocab_size": 700}}, "model.vocab_size 600, and this configuration has 700"),
+        ({"model": {"n_positions": 32}}, "model.n_positions 16, and this configuration has 32"),
+        ({"data": {"pile_sets": ("PubMed Central",)}}, "data.pile_sets .*PubMed Central"),
+        ({"data": {"train_files": "elsewhere/*"}}, "data.train_files .*elsewhere"),
+        ({"data": {"source": "synthetic"}}, "data.source pile, and this configuration has synthetic"),
+    ]:
         with pytest.raises(UserError, match=message) as error:
             rows.ensure_prepared(tiny.replace(pile_config, **changes))
         assert str(folder) in str(error.value)
@@ -118,11 +126,14 @@ def test_a_failure_leaves_nothing_behind(pile_config):
 
 def test_mistakes_are_named(pile_config, tmp_path):
     for changes, message in [
-            ({"data": {"train_files": str(tmp_path / "none*")}}, "none"),
-            ({"data": {"eval_files": str(tmp_path / "train" / "00.jsonl")}}, "00.jsonl is in data.train_files and in data.eval"),
-            ({"data": {"tokenizer": str(tmp_path / "train")}}, "holds no tokenizer"),
-            ({"model": {"vocab_size": 100}}, "a vocabulary of 100 is too small"),
-            ({"model": {"n_positions": 100_000}}, r"tokens, fewer than one row of model.n_positions \(100000\)"),
+        ({"data": {"train_files": str(tmp_path / "none*")}}, "none"),
+        (
+            {"data": {"eval_files": str(tmp_path / "train" / "00.jsonl")}},
+            "00.jsonl is in data.train_files and in data.eval",
+        ),
+        ({"data": {"tokenizer": str(tmp_path / "train")}}, "holds no tokenizer"),
+        ({"model": {"vocab_size": 100}}, "a vocabulary of 100 is too small"),
+        ({"model": {"n_positions": 100_000}}, r"tokens, fewer than one row of model.n_positions \(100000\)"),
     ]:
         with pytest.raises(UserError, match=message):
             rows.ensure_prepared(tiny.replace(pile_config, **changes))
@@ -151,22 +162,33 @@ def test_damage_is_noticed(pile_config):
     folder = pile_config.prepared_dir
     manifest = json.loads((folder / "manifest.json").read_text())
     for text, message in [
-            (json.dumps(manifest | {"format": 99}), "format 99"),
-            ("{", "is damaged"),
-            (json.dumps(manifest | {"splits": manifest["splits"] | {"train": manifest["splits"]["train"] | {"rows": 7}}}),
-             "its manifest says 7")]:
+        (json.dumps(manifest | {"format": 99}), "format 99"),
+        ("{", "is damaged"),
+        (
+            json.dumps(
+                manifest | {"splits": manifest["splits"] | {"train": manifest["splits"]["train"] | {"rows": 7}}}
+            ),
+            "its manifest says 7",
+        ),
+    ]:
         (folder / "manifest.json").write_text(text)
         with pytest.raises(UserError, match=message):
             rows.open_rows(folder, "train")
 
 
 def test_synthetic_rows_know_their_entropy(tmp_path):
-    config = tiny.replace(model={"vocab_size": 600}, data={
-        "dir": str(tmp_path / "rows"), "synthetic_documents": 60, "synthetic_eval_documents": 7})
+    config = tiny.replace(
+        model={"vocab_size": 600},
+        data={"dir": str(tmp_path / "rows"), "synthetic_documents": 60, "synthetic_eval_documents": 7},
+    )
     rows.ensure_prepared(config)
     held_out = rows.open_rows(config.prepared_dir, "eval")
     expected = sum(synthetic.generate(index).entropy for index in range(60, 67))
     assert held_out.entropy == pytest.approx(expected / held_out.tokens)
     tokenizer = load_tokenizer(config.prepared_dir / "tokenizer")
-    ids = [token for index in range(60, 67) for token in [*tokenizer.encode(synthetic.generate(index).text), tokenizer.eos_id]]
+    ids = [
+        token
+        for index in range(60, 67)
+        for token in [*tokenizer.encode(synthetic.generate(index).text), tokenizer.eos_id]
+    ]
     assert prepared_ids(config.prepared_dir, "eval").tolist() == ids

@@ -12,7 +12,9 @@ from biomedlm_jax.model import init_params
 def test_each_device_holds_an_eighth_of_parameters_and_moments():
     trainer = tiny.Trainer(tiny.CONFIG, MeshConfig(fsdp=8))
     trainer(tiny.random_batch(tiny.CONFIG, 0))
-    adam = next(x for x in jax.tree.leaves(trainer.state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(x, "mu"))
+    adam = next(
+        x for x in jax.tree.leaves(trainer.state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(x, "mu")
+    )
     for tree in (trainer.state.params, adam.mu, adam.nu):
         leaves = jax.tree.leaves(tree)
         assert len(leaves) == len(jax.tree.leaves(trainer.state.params))
@@ -50,7 +52,9 @@ def test_the_published_model_divides_by_every_pod_of_the_docs():
     params = jax.eval_shape(lambda: init_params(ModelConfig(), 0))
     for fsdp in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         mesh = jax.sharding.AbstractMesh((1, fsdp), ("replica", "fsdp"))
-        for leaf, spec in zip(jax.tree.leaves(params), jax.tree.leaves(sharding.tree_shardings(mesh, params)), strict=True):
+        for leaf, spec in zip(
+            jax.tree.leaves(params), jax.tree.leaves(sharding.tree_shardings(mesh, params)), strict=True
+        ):
             assert np.prod(spec.shard_shape(leaf.shape)) * fsdp == leaf.size
 
 

@@ -46,8 +46,10 @@ def test_metrics_are_of_the_step_taken():
 def test_dropout_is_a_function_of_seed_and_step():
     config = tiny.replace(model={"resid_pdrop": 0.3, "embd_pdrop": 0.1, "attn_pdrop": 0.1})
     batch = tiny.random_batch(config, 0)
-    losses = [[trainer(batch)["train/loss"] for _ in range(2)]
-              for trainer in (tiny.Trainer(config, MeshConfig(fsdp=1)), tiny.Trainer(config, MeshConfig(fsdp=8)))]
+    losses = [
+        [trainer(batch)["train/loss"] for _ in range(2)]
+        for trainer in (tiny.Trainer(config, MeshConfig(fsdp=1)), tiny.Trainer(config, MeshConfig(fsdp=8)))
+    ]
     # Equal weights at steps 0 and 1 (the first rate is 0), other masks.
     assert abs(losses[0][0] - losses[0][1]) > 1e-4
     np.testing.assert_allclose(losses[0], losses[1], atol=1e-5)
@@ -67,10 +69,20 @@ def reference_losses(config, params, batches):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     c = config.model
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=c.vocab_size, n_positions=c.n_positions, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, scale_attn_by_inverse_layer_idx=c.scale_attn_by_inverse_layer_idx,
-        attn_implementation="eager"))
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=c.vocab_size,
+            n_positions=c.n_positions,
+            n_embd=c.n_embd,
+            n_layer=c.n_layer,
+            n_head=c.n_head,
+            resid_pdrop=0,
+            embd_pdrop=0,
+            attn_pdrop=0,
+            scale_attn_by_inverse_layer_idx=c.scale_attn_by_inverse_layer_idx,
+            attn_implementation="eager",
+        )
+    )
     leaves = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
     with torch.no_grad():
         for path, value in jax.tree_util.tree_leaves_with_path(params):
@@ -90,8 +102,11 @@ def reference_losses(config, params, batches):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, o.clip_norm)
         progress = max(0, (done - o.warmup_steps) / (config.train.steps - o.warmup_steps))
-        multiplier = done / o.warmup_steps if done < o.warmup_steps else (
-            o.final_fraction + (1 - o.final_fraction) * (1 + np.cos(np.pi * progress)) / 2)
+        multiplier = (
+            done / o.warmup_steps
+            if done < o.warmup_steps
+            else (o.final_fraction + (1 - o.final_fraction) * (1 + np.cos(np.pi * progress)) / 2)
+        )
         with torch.no_grad():
             for p, (m, v) in zip(parameters, moments, strict=True):
                 p.mul_(1 - multiplier * o.weight_decay)
@@ -106,8 +121,9 @@ def reference_losses(config, params, batches):
 
 @pytest.mark.parametrize("inverse_layer_scale", [True, False])
 def test_fifty_steps_equal_transformers_and_pytorch(inverse_layer_scale):
-    config = tiny.replace(model={"n_layer": 3, "scale_attn_by_inverse_layer_idx": inverse_layer_scale},
-                          optimizer={"warmup_steps": 5})
+    config = tiny.replace(
+        model={"n_layer": 3, "scale_attn_by_inverse_layer_idx": inverse_layer_scale}, optimizer={"warmup_steps": 5}
+    )
     # A few batches again and again, so that there is something to learn.
     batches = [tiny.random_batch(config, index % 4) for index in range(config.train.steps)]
     trainer = tiny.Trainer(config, MeshConfig(fsdp=1))

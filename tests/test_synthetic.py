@@ -19,16 +19,31 @@ DISEASES = {disease.name: disease for disease in WORLD.diseases}
 
 # What a value can look like: as wide as possible, so that a text which parses in one way does so for any value.
 WORD, NAME, SYMBOL = "[a-z]+", "[A-Z][a-z]+", "[A-Z]{3}[0-9]"
-PATTERNS = {"drug": WORD, "disease": WORD, "indication": WORD, "adverse": WORD, "tissue": WORD, "pathway": NAME,
-            "target": SYMBOL, "gene": SYMBOL, "other": SYMBOL, "significance": r"P [<>] 0\.\d+", "patient": "woman|man",
-            "they": "she|he", "their": "her|his", "action": "an? [a-z ]+",
-            "outcome": "|".join(name for name, _ in synthetic.OUTCOMES), "comparator": "|".join(synthetic.COMPARATORS),
-            **{word: f"{synthetic.UP[word]}|{synthetic.DOWN[word]}" for word in synthetic.UP}}
+PATTERNS = {
+    "drug": WORD,
+    "disease": WORD,
+    "indication": WORD,
+    "adverse": WORD,
+    "tissue": WORD,
+    "pathway": NAME,
+    "target": SYMBOL,
+    "gene": SYMBOL,
+    "other": SYMBOL,
+    "significance": r"P [<>] 0\.\d+",
+    "patient": "woman|man",
+    "they": "she|he",
+    "their": "her|his",
+    "action": "an? [a-z ]+",
+    "outcome": "|".join(name for name, _ in synthetic.OUTCOMES),
+    "comparator": "|".join(synthetic.COMPARATORS),
+    **{word: f"{synthetic.UP[word]}|{synthetic.DOWN[word]}" for word in synthetic.UP},
+}
 
 
 def first_upper(pattern: str) -> str:
-    return "|".join(re.sub(r"^\[a-z\]", "[A-Z][a-z]", word) if word[0] == "[" else word.capitalize()
-                    for word in pattern.split("|"))
+    return "|".join(
+        re.sub(r"^\[a-z\]", "[A-Z][a-z]", word) if word[0] == "[" else word.capitalize() for word in pattern.split("|")
+    )
 
 
 def field_pattern(name: str) -> str:
@@ -50,25 +65,31 @@ def matcher(variant: str) -> re.Pattern[str]:
 
 
 # Slots in the order of a document: kind -> [[slots that exclude each other], ...].
-ORDER = {kind: [list(slots) for _, slots in itertools.groupby(group, key=lambda slot: slot.split(".")[1])]
-         for kind, group in itertools.groupby(VARIANTS, key=lambda slot: slot.split(".")[0])}
+ORDER = {
+    kind: [list(slots) for _, slots in itertools.groupby(group, key=lambda slot: slot.split(".")[1])]
+    for kind, group in itertools.groupby(VARIANTS, key=lambda slot: slot.split(".")[0])
+}
 
 
 def matches(sentence: str, slots: list[str]) -> list[tuple[str, str, dict[str, str]]]:
-    return [(slot, variant, match.groupdict()) for slot in slots for variant in VARIANTS[slot]
-            if (match := matcher(variant).fullmatch(sentence))]
+    return [
+        (slot, variant, match.groupdict())
+        for slot in slots
+        for variant in VARIANTS[slot]
+        if (match := matcher(variant).fullmatch(sentence))
+    ]
 
 
 def parse(text: str) -> tuple[list[str], dict[str, str]]:
     """The slots and values of a document; fails where a sentence can be read in no way or in two."""
     title, abstract = text.split("\n")
     sentences = [title, *re.split(r"(?<=[.]) ", abstract)]
-    (title_slot, _, _), = matches(title, [f"{kind}.title" for kind in ORDER])
+    ((title_slot, _, _),) = matches(title, [f"{kind}.title" for kind in ORDER])
     order = ORDER[title_slot.split(".")[0]]
     assert len(sentences) == len(order)
     used, values = [], {}
     for sentence, slots in zip(sentences, order, strict=True):
-        (slot, _, found), = matches(sentence, slots)
+        ((slot, _, found),) = matches(sentence, slots)
         used.append(slot)
         for field, value in found.items():
             lower = field.lower()
@@ -153,9 +174,12 @@ def test_the_entropy_is_that_of_the_draws_that_the_text_tells():
         assert made.entropy == pytest.approx(recount(slots, values), abs=1e-9)
 
 
-DRAWN = {"trial": "drug disease n1 n2 p1 p2 p3 comparator dose weeks", "gene": "gene disease n1 n2 p1 p2",
-         "cell": "drug change before treated control other dose hours",
-         "case": "drug adverse patient onset duration age dose"}
+DRAWN = {
+    "trial": "drug disease n1 n2 p1 p2 p3 comparator dose weeks",
+    "gene": "gene disease n1 n2 p1 p2",
+    "cell": "drug change before treated control other dose hours",
+    "case": "drug adverse patient onset duration age dose",
+}
 
 
 @pytest.mark.parametrize("kind", ORDER)
@@ -167,16 +191,34 @@ def test_every_text_tells_every_value_drawn(kind):
 @pytest.mark.parametrize("slot", VARIANTS)
 def test_every_sentence_is_read_in_one_way_for_any_values(slot):
     kind, name = slot.split(".")[:2]
-    slots, = [slots for slots in ORDER[kind] if slots[0].split(".")[1] == name]
+    (slots,) = [slots for slots in ORDER[kind] if slots[0].split(".")[1] == name]
     slots = [f"{kind}.title" for kind in ORDER] if name == "title" else slots
     assert len(set(VARIANTS[slot])) == len(VARIANTS[slot]) > 1
     for words, variant in itertools.product((synthetic.UP, synthetic.DOWN), VARIANTS[slot]):
-        lower = {"drug": "bratinib", "disease": "osteoma", "indication": "otitis", "adverse": "fever", "tissue": "skin",
-                 "pathway": "Velkin", "target": "ABC1", "gene": "ABD2", "other": "ABE3", "significance": "P > 0.3",
-                 "patient": "man", "they": "he", "their": "his", "action": "an agonist of", "outcome": "relapse",
-                 "comparator": "placebo", **words}
-        values = {**{field: "40" for field in re.findall(r"\{(\w+)\}", variant)}, **lower,
-                  **{field.capitalize(): value[0].upper() + value[1:] for field, value in lower.items()}}
+        lower = {
+            "drug": "bratinib",
+            "disease": "osteoma",
+            "indication": "otitis",
+            "adverse": "fever",
+            "tissue": "skin",
+            "pathway": "Velkin",
+            "target": "ABC1",
+            "gene": "ABD2",
+            "other": "ABE3",
+            "significance": "P > 0.3",
+            "patient": "man",
+            "they": "he",
+            "their": "his",
+            "action": "an agonist of",
+            "outcome": "relapse",
+            "comparator": "placebo",
+            **words,
+        }
+        values = {
+            **dict.fromkeys(re.findall(r"\{(\w+)\}", variant), "40"),
+            **lower,
+            **{field.capitalize(): value[0].upper() + value[1:] for field, value in lower.items()},
+        }
         sentence = variant.format_map(values)
         assert ". " not in sentence and (name == "title" or sentence.endswith("."))
         assert [(found, read) for found, read, _ in matches(sentence, slots)] == [(slot, variant)]
@@ -272,7 +314,8 @@ def test_totals_of_every_kind():
         assert int(values["r3"]) * 100 == int(values["p3"]) * int(values["n1"])
     for _, _, values in of_kind("cell"):
         before, after, change, mice, treated, control = (
-            int(values[name]) for name in ("before", "after", "change", "mice", "treated", "control"))
+            int(values[name]) for name in ("before", "after", "change", "mice", "treated", "control")
+        )
         assert abs(after - before) * 100 == change * before and treated + control == mice
     for _, _, values in of_kind("case"):
         assert int(values["onset"]) + int(values["duration"]) == int(values["total"])
@@ -281,30 +324,52 @@ def test_totals_of_every_kind():
 def test_conclusions_follow_the_results():
     signs = Counter()
     for text in texts():
-        result = re.search(r"(?:\((\d+)%\).*?in \d+ of \d+|\((\d+)%\) and \d+ of \d+|was (\d+)% \()"
-                           r".*?(\d+)%.*?(P . 0\.\d+)", text)
+        result = re.search(
+            r"(?:\((\d+)%\).*?in \d+ of \d+|\((\d+)%\) and \d+ of \d+|was (\d+)% \()"
+            r".*?(\d+)%.*?(P . 0\.\d+)",
+            text,
+        )
         if not result or "controls" in text:
             continue
         first, second = int(next(filter(None, result.groups()[:3]))), int(result[4])
         sign = 0 if result[5] == "P > 0.3" else 1 if first > second else -1
         end = re.split(r"percentage points", text)[1]
-        stated = [word for word, claim in {
-            1: r"(raised|raises|(?<!no )increased) the", -1: r"(lowered|lowers|reduced) the",
-            0: r"(did not change|had no effect on|did not alter|failed to modify|does not \w+) the (rate|likelihood)",
-        }.items() if re.search(claim, end)]
+        stated = [
+            word
+            for word, claim in {
+                1: r"(raised|raises|(?<!no )increased) the",
+                -1: r"(lowered|lowers|reduced) the",
+                0: r"(did not change|had no effect on|did not alter|failed to modify|does not \w+) "
+                r"the (rate|likelihood)",
+            }.items()
+            if re.search(claim, end)
+        ]
         assert stated == [sign], text
         assert ("not support" in end or "needed" in end or "required" in end) == (sign == 0), text
         signs[sign] += 1
     assert min(signs[sign] for sign in (-1, 0, 1)) > 50 and signs.total() > 400
 
 
-@pytest.mark.parametrize("kind, sentence, result, claim, denial", [
-    ("gene", -1, r"P < 0", "confers susceptibility|is a risk factor|is associated with|implicate|point to",
-     "not associated|no risk factor|unrelated|argue against|exclude|rule out"),
-    ("cell", -1, r"(rose|raised|increased) ([A-Z]|from)", "activates|activation", "inhibits|inhibition"),
-    ("case", -2, r"rechallenge", "was caused by|the (probable|likely) cause",
-     "was not caused|an (improbable|unlikely) cause"),
-])
+@pytest.mark.parametrize(
+    "kind, sentence, result, claim, denial",
+    [
+        (
+            "gene",
+            -1,
+            r"P < 0",
+            "confers susceptibility|is a risk factor|is associated with|implicate|point to",
+            "not associated|no risk factor|unrelated|argue against|exclude|rule out",
+        ),
+        ("cell", -1, r"(rose|raised|increased) ([A-Z]|from)", "activates|activation", "inhibits|inhibition"),
+        (
+            "case",
+            -2,
+            r"rechallenge",
+            "was caused by|the (probable|likely) cause",
+            "was not caused|an (improbable|unlikely) cause",
+        ),
+    ],
+)
 def test_other_conclusions_follow_the_results(kind, sentence, result, claim, denial):
     signs = Counter()
     for made, _, _ in of_kind(kind):
@@ -333,8 +398,14 @@ def test_texts_state_the_facts_of_the_knowledge_base():
         for _, slots, values in of_kind(kind):
             drug, disease = DRUGS.get(values.get("drug", "")), DISEASES[values["disease"]]
             gene = drug.target if drug else GENES[values["gene"]]
-            facts = {"target": gene.symbol, "pathway": gene.pathway, "tissue": gene.tissue,
-                     "indication": gene.disease.name, "outcome": disease.outcome, "action": drug and drug.action}
+            facts = {
+                "target": gene.symbol,
+                "pathway": gene.pathway,
+                "tissue": gene.tissue,
+                "indication": gene.disease.name,
+                "outcome": disease.outcome,
+                "action": drug and drug.action,
+            }
             assert all(values[name] == facts[name] for name in facts.keys() & values.keys())
             effect = not any(word in slot for slot in slots for word in ("fails", "equal"))
             assert effect == (disease == gene.disease)

@@ -32,7 +32,8 @@ def make_config(prepared, run_dir, **groups) -> Config:
         model={"vocab_size": 600, "n_positions": 64, "n_embd": 64},
         data={"dir": str(prepared), "synthetic_documents": 200, "synthetic_eval_documents": 10},
         train={"steps": 30, "log_every": 1, "eval_every": 10, "checkpoint_every": 5},
-        run={"dir": str(run_dir), "tensorboard": False})
+        run={"dir": str(run_dir), "tensorboard": False},
+    )
     return tiny.replace(config, **groups)
 
 
@@ -45,8 +46,12 @@ class Run:
         path = f"{self.dir}-config.yaml"
         config_lib.save_config(config, path)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "biomedlm_jax.train", "--config", path], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, env=env | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)})
+            [sys.executable, "-m", "biomedlm_jax.train", "--config", path],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
+        )
 
     def wait_for_step(self, step: int) -> None:
         while self.process.poll() is None:
@@ -74,8 +79,10 @@ def losses(run_dir):
 def straight(prepared, tmp_path_factory):
     """30 steps without a stop, on eight devices and on one."""
     folder = tmp_path_factory.mktemp("straight")
-    runs = {devices: Run(make_config(prepared, folder / str(devices), train={"keep_last": 10}), dict(os.environ), devices)
-            for devices in (1, 8)}
+    runs = {
+        devices: Run(make_config(prepared, folder / str(devices), train={"keep_last": 10}), dict(os.environ), devices)
+        for devices in (1, 8)
+    }
     for run in runs.values():
         status, _, err = run.finish()
         assert status == 0, err
@@ -113,7 +120,8 @@ def test_killed_twice_and_resumed_is_equal_to_the_last_bit(straight, prepared, t
     assert status == 0 and "going on from step" in err
     assert losses(run.dir) == losses(straight[1])
     assert [line["step"] for line in metrics.read_metrics(run.dir)] == [
-        line["step"] for line in metrics.read_metrics(straight[1])]
+        line["step"] for line in metrics.read_metrics(straight[1])
+    ]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -149,7 +157,9 @@ def test_resumed_on_fewer_devices_reads_the_same_rows(straight, prepared, tmp_pa
 def test_a_full_disk_loses_nothing_that_was_saved(prepared, tmp_path, subprocess_env):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True, check=False
+    ).returncode:
         pytest.skip("this process may not mount a small disk")
     try:
         status, _, err = Run(make_config(prepared, disk / "run", train={"keep_last": 100}), subprocess_env).finish()
@@ -167,12 +177,16 @@ def test_mistakes_are_one_line_and_lose_nothing(straight, prepared, tmp_path):
     shutil.copytree(straight[1], run_dir)
     before = sorted((path, path.stat().st_mtime_ns) for path in run_dir.rglob("*"))
     for groups, message in [
-            ({"model": {"n_layer": 3}, "train": {"seed": 9}}, "holds a run with other settings: model.n_layer was 2, is 3; train.seed was 0"),
-            ({"train": {"steps": 60}}, "train.steps was 30, is 60"),
-            ({"optimizer": {"learning_rate": 1.0}}, "optimizer.learning_rate was 0.01, is 1.0"),
-            ({"mesh": {"replica": 3}}, "3 x 2 is not 8"),
-            ({"train": {"global_batch_size": 12}}, "multiple of the 8 devices"),
-            ({"data": {"synthetic_documents": 10}}, "data.synthetic_documents 200, and this configuration has 10")]:
+        (
+            {"model": {"n_layer": 3}, "train": {"seed": 9}},
+            "holds a run with other settings: model.n_layer was 2, is 3; train.seed was 0",
+        ),
+        ({"train": {"steps": 60}}, "train.steps was 30, is 60"),
+        ({"optimizer": {"learning_rate": 1.0}}, "optimizer.learning_rate was 0.01, is 1.0"),
+        ({"mesh": {"replica": 3}}, "3 x 2 is not 8"),
+        ({"train": {"global_batch_size": 12}}, "multiple of the 8 devices"),
+        ({"data": {"synthetic_documents": 10}}, "data.synthetic_documents 200, and this configuration has 10"),
+    ]:
         with pytest.raises(UserError, match=message):
             train_lib.train(make_config(prepared, run_dir, **groups))
     other = tmp_path / "other"
@@ -199,8 +213,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(prepared, tmp
 
 
 def test_starts_from_the_weights_of_another_run(straight, prepared, tmp_path, caplog):
-    config = make_config(prepared, tmp_path / "run", run={"init_from": straight[1]}, optimizer={"warmup_steps": 1},
-                         train={"steps": 3, "eval_every": 1, "checkpoint_every": 1})
+    config = make_config(
+        prepared,
+        tmp_path / "run",
+        run={"init_from": straight[1]},
+        optimizer={"warmup_steps": 1},
+        train={"steps": 3, "eval_every": 1, "checkpoint_every": 1},
+    )
     with caplog.at_level("INFO", logger="biomedlm_jax"):
         assert train_lib.train(config) == 0
         assert f"weights: of {straight[1]}, at step 0" in caplog.text
@@ -223,24 +242,44 @@ def test_weights_of_another_architecture_are_refused(straight, prepared, tmp_pat
 def test_numbers_resume_where_the_checkpoint_is(tmp_path):
     config = tiny.replace(run={"dir": str(tmp_path), "tensorboard": True})
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": step, "train/loss": 1.0}) + "\n" for step in range(1, 8)) + '{"step": 8, "tr')
+    path.write_text(
+        "".join(json.dumps({"step": step, "train/loss": 1.0}) + "\n" for step in range(1, 8)) + '{"step": 8, "tr'
+    )
     writer = metrics.MetricWriter(config, start_step=5, write=True)
     writer.write(6, {"train/loss": 2.0, "perf/mfu": None})
     writer.close()
     assert [(line["step"], line["train/loss"]) for line in metrics.read_metrics(tmp_path)] == [
-        (1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0), (5, 1.0), (6, 2.0)]
+        (1, 1.0),
+        (2, 1.0),
+        (3, 1.0),
+        (4, 1.0),
+        (5, 1.0),
+        (6, 2.0),
+    ]
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-@pytest.mark.parametrize(("kind", "flops"), [("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA H200", 989e12), ("TPU v4", 275e12),
-                                             ("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("TPU v6 lite", 918e12), ("cpu", None)])
+@pytest.mark.parametrize(
+    ("kind", "flops"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA H200", 989e12),
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("cpu", None),
+    ],
+)
 def test_peaks_are_those_of_the_data_sheets(kind, flops):
     assert metrics.peak_flops(kind) == flops
 
 
 def test_mfu_of_the_card():
     """4,340 tokens/s on an A100 are 23.1 % of its peak."""
-    assert 4340 * model.flops_per_token(Config().model) / metrics.peak_flops("NVIDIA A100") == pytest.approx(0.231, abs=5e-4)
+    assert 4340 * model.flops_per_token(Config().model) / metrics.peak_flops("NVIDIA A100") == pytest.approx(
+        0.231, abs=5e-4
+    )
 
 
 def _leaves(tree):

@@ -13,13 +13,15 @@ from biomedlm_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig
 CONFIG = Config(
     model=ModelConfig(vocab_size=61, n_positions=16, n_embd=32, n_layer=2, n_head=4, compute_dtype="float32"),
     optimizer=OptimizerConfig(learning_rate=1e-2, weight_decay=1e-3, warmup_steps=2),
-    train=TrainConfig(steps=50, global_batch_size=16))
+    train=TrainConfig(steps=50, global_batch_size=16),
+)
 
 
 def replace(config: Config = CONFIG, **groups: dict[str, Any]) -> Config:
     """A configuration with some settings changed: replace(train={'steps': 3})."""
-    return dataclasses.replace(config, **{
-        group: dataclasses.replace(getattr(config, group), **changes) for group, changes in groups.items()})
+    return dataclasses.replace(
+        config, **{group: dataclasses.replace(getattr(config, group), **changes) for group, changes in groups.items()}
+    )
 
 
 def random_batch(config: Config, index: int) -> step.Batch:
