@@ -271,11 +271,7 @@ class _Parser(jsonargparse.ArgumentParser):
 
 
 def _setting_names() -> list[str]:
-    return [
-        f"{group.name}.{leaf.name}"
-        for group in dataclasses.fields(Config)
-        for leaf in dataclasses.fields(group.default_factory)
-    ]  # type: ignore[arg-type]
+    return [f"{group}.{name}" for group, settings in dataclasses.asdict(Config()).items() for name in settings]
 
 
 def _nearest(key: str) -> str:

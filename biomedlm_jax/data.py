@@ -4,7 +4,6 @@ The global batch is a function of (rows, seed, step) and of nothing else: not of
 nor of what ran before. So a run resumes from one integer, at once, on any topology, and reads the same rows.
 """
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,9 +64,10 @@ def eval_batches(rows: Rows, batch_size: int, sharding: NamedSharding, limit: in
         for slot, index in zip(np.flatnonzero(inside), indices[inside], strict=True):
             tokens[slot] = rows.source[int(index)]["tokens"]
         mask = indices[:, None] * shape[1] + np.arange(shape[1]) < rows.tokens
-        yield jax.tree.map(
-            functools.partial(jax.make_array_from_process_local_data, sharding, global_shape=shape), Batch(tokens, mask)
-        )  # type: ignore[arg-type]
+        yield Batch(
+            jax.make_array_from_process_local_data(sharding, tokens, shape),
+            jax.make_array_from_process_local_data(sharding, mask, shape),
+        )
 
 
 def eval_batch_count(rows: Rows, batch_size: int, limit: int = 0) -> int:

@@ -28,8 +28,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m biomedlm_jax.evaluate",
         description=(
-            "Loss and perplexity on held-out text. Documents are joined with the end-of-text token, and read in rows of "
-            "the model's n_positions; the first token of a row is not predicted."
+            "Loss and perplexity on held-out text. Documents are joined with the end-of-text token, and read in rows "
+            "of the model's n_positions; the first token of a row is not predicted."
         ),
     )
     parser.add_argument(

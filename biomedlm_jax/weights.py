@@ -113,15 +113,13 @@ def _pytorch_entries(path: Path) -> Iterator[tuple[str, Entry]]:
         for name, value in state.items()
     ):
         raise UserError(f"{path} is no dictionary of tensors")
+
+    def entry(value: Any) -> Entry:
+        dtype = str(value.dtype).removeprefix("torch.")
+        return Entry(dtype, tuple(value.shape), lambda: value.detach().float().numpy())
+
     for name, value in state.items():
-        yield (
-            name,
-            Entry(
-                str(value.dtype).removeprefix("torch."),
-                tuple(value.shape),
-                lambda value=value: value.detach().float().numpy(),
-            ),
-        )  # type: ignore[misc]
+        yield name, entry(value)
 
 
 def _import_torch(purpose: str) -> Any:
