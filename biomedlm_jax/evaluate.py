@@ -100,15 +100,11 @@ def evaluate(
     eval_step = jax.jit(functools.partial(step.eval_step, config))
     nll = tokens = 0.0
     batches = data.eval_batches(held_out, batch_size * devices, sharding.batch_sharding(mesh))
-    for batch in tqdm(
-        batches,
-        desc="evaluating",
-        unit=" batches",
-        disable=None,
-        total=data.eval_batch_count(held_out, batch_size * devices),
-    ):
-        batch_nll, batch_tokens = eval_step(params, batch)
-        nll, tokens = nll + float(batch_nll), tokens + float(batch_tokens)
+    count = data.eval_batch_count(held_out, batch_size * devices)
+    with jax.set_mesh(mesh):
+        for batch in tqdm(batches, desc="evaluating", unit=" batches", disable=None, total=count):
+            batch_nll, batch_tokens = eval_step(params, batch)
+            nll, tokens = nll + float(batch_nll), tokens + float(batch_tokens)
     loss = nll / tokens
     return {
         "loss": loss,

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from biomedlm_jax.attention import causal_attention
 from biomedlm_jax.config import ModelConfig
+from biomedlm_jax.sharding import constrain_rows
 
 # A nested dictionary of arrays: parameters, or anything of their structure.
 Params = dict[str, Any]
@@ -157,7 +158,7 @@ class GPT2(nnx.Module):
         config = self.config
         positions = jnp.arange(tokens.shape[1]) if position_ids is None else position_ids
         keys = None
-        x = self.wte(tokens) + self.wpe(positions)
+        x = constrain_rows(self.wte(tokens) + self.wpe(positions))
         if dropout_key is not None:
             embd_key, blocks_key = jax.random.split(dropout_key)
             x = _dropout(x, config.embd_pdrop, embd_key)
@@ -166,7 +167,7 @@ class GPT2(nnx.Module):
 
         def block(x: Array, inputs: tuple[Any, Array, Array | None]) -> tuple[Array, None]:
             params, layer, key = inputs
-            return nnx.merge(block_def, params)(x, layer, attention_mask, key), None
+            return constrain_rows(nnx.merge(block_def, params)(x, layer, attention_mask, key)), None
 
         policy = REMAT_POLICIES[config.remat]
         if policy is not None:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Shaped
 
 from biomedlm_jax.config import Config, MeshConfig
 from biomedlm_jax.errors import UserError
@@ -70,6 +71,16 @@ def check_divisible(config: Config, mesh: Mesh) -> None:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """How a batch's rows lie on the mesh."""
     return NamedSharding(mesh, BATCH_SPEC)
+
+
+def constrain_rows(x: Shaped[Array, "batch *rest"]) -> Shaped[Array, "batch *rest"]:
+    """Keeps the rows of an activation on the devices that hold the batch's, under a mesh set by `jax.set_mesh`.
+
+    Left alone, the compiler may split activations like the parameters that they meet, and exchange those instead.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, BATCH_SPEC)
 
 
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:

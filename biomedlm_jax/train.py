@@ -103,7 +103,7 @@ def train(config: Config) -> int:
     # ---- The loop
     record = _Record(config, start_step, checkpointer)
     done, stop = start_step, False
-    with _stop_signal() as received, contextlib.closing(record), contextlib.closing(checkpointer):
+    with _stop_signal() as received, contextlib.closing(record), contextlib.closing(checkpointer), jax.set_mesh(mesh):
         if start_step == 0 and config.train.eval_every:
             record.evaluated(0, evaluator(state.params))
         for done, batch in enumerate(batches, start=start_step + 1):

@@ -1,9 +1,12 @@
+import functools
+import re
+
 import jax
 import numpy as np
 import pytest
 import tiny
 
-from biomedlm_jax import sharding
+from biomedlm_jax import sharding, step
 from biomedlm_jax.config import MeshConfig, ModelConfig
 from biomedlm_jax.errors import UserError
 from biomedlm_jax.model import init_params
@@ -56,6 +59,24 @@ def test_the_published_model_divides_by_every_pod_of_the_docs():
             jax.tree.leaves(params), jax.tree.leaves(sharding.tree_shardings(mesh, params)), strict=True
         ):
             assert np.prod(spec.shard_shape(leaf.shape)) * fsdp == leaf.size
+
+
+def test_the_step_exchanges_parameters_and_never_activations():
+    """On eight devices: what is gathered has the shape of a parameter, or of one layer of it."""
+    config = tiny.replace(model={"n_positions": 24})
+    trainer = tiny.Trainer(config, MeshConfig(fsdp=8))
+    with jax.set_mesh(trainer.mesh):
+        lowered = jax.jit(functools.partial(step.train_step, config), out_shardings=(trainer.shardings, None)).lower(
+            trainer.state, jax.device_put(tiny.random_batch(config, 0), sharding.batch_sharding(trainer.mesh))
+        )
+    text = lowered.compile().as_text()
+    gathered = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]\S* all-gather\(", text)}
+    shapes = {x.shape for x in jax.tree.leaves(trainer.state.params)}
+    shapes |= {shape[1:] for shape in shapes} | {(1, *shape[1:]) for shape in shapes}
+    assert gathered and gathered <= shapes
+    # Activations would move through these; only the embedding's lookup may, whose table is split by width.
+    moves = [line for line in text.splitlines() if re.search(r" (all-to-all|collective-permute)\(", line)]
+    assert all("jit(_take)" in line for line in moves), moves
 
 
 def test_a_leaf_outside_of_the_table_is_an_error():

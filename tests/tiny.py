@@ -44,5 +44,6 @@ class Trainer:
         self._step = jax.jit(functools.partial(step.train_step, config), out_shardings=(self.shardings, None))
 
     def __call__(self, batch: step.Batch) -> dict[str, float]:
-        self.state, metrics = self._step(self.state, jax.device_put(batch, sharding.batch_sharding(self.mesh)))
+        with jax.set_mesh(self.mesh):
+            self.state, metrics = self._step(self.state, jax.device_put(batch, sharding.batch_sharding(self.mesh)))
         return {name: float(value) for name, value in metrics.items()}
