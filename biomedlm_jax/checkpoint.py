@@ -9,6 +9,7 @@ Parameters and optimizer are apart so that evaluation and export read only what 
 """
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,12 @@ class Checkpointer:
     """Saves and restores the train state of one run."""
 
     def __init__(self, run_dir: str | Path, config: TrainConfig):
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep_last, keep_period=config.keep_every or None, enable_async_checkpointing=True
-        )
-        self._manager = ocp.CheckpointManager(checkpoint_folder(run_dir), options=options)
+        folder = checkpoint_folder(run_dir)
+        for unfinished in folder.glob("*.orbax-checkpoint-tmp*"):
+            # Of a crash or a full disk: Orbax gives a checkpoint its name when it is complete.
+            shutil.rmtree(unfinished, ignore_errors=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=config.keep_last, keep_period=config.keep_every or None)
+        self._manager = ocp.CheckpointManager(folder, options=options)
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint; None if there is none."""
@@ -115,8 +118,13 @@ class Checkpointer:
             ) from error
 
     def close(self) -> None:
-        """Waits for saves under way and frees what the manager holds."""
-        self._manager.close()
+        """Waits for saves under way and frees what the manager holds.
+
+        Raises:
+          UserError: a save failed.
+        """
+        with self._failures_named():
+            self._manager.close()
 
 
 def save_params(run_dir: str | Path, step: int, params: Params) -> None:

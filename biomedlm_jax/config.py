@@ -17,6 +17,7 @@ import jsonargparse
 import yaml
 
 from biomedlm_jax.errors import UserError
+from biomedlm_jax.files import replace_file
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -57,7 +58,7 @@ class ModelConfig:
     embd_pdrop: float = 0.0
     """Dropout rate after the embeddings."""
     attn_pdrop: float = 0.0
-    """Dropout rate of attention probabilities; above 0 needs attention: reference."""
+    """Dropout rate of attention probabilities; only attention: reference has it."""
     resid_pdrop: float = 0.0
     """Dropout rate of what each block adds to the residual stream."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -78,6 +79,11 @@ class ModelConfig:
         )
         for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
             _require(0 <= getattr(self, name) < 1, f"model.{name} must be in [0, 1), not {getattr(self, name)}")
+
+    @property
+    def dropout(self) -> bool:
+        """Whether anything is dropped in training."""
+        return any((self.embd_pdrop, self.attn_pdrop, self.resid_pdrop))
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,7 @@ class TrainConfig:
     global_batch_size: int = 1024
     """Sequences a step, over all devices."""
     gradient_accumulation_steps: int = 1
-    """Parts the global batch is computed in, one after the other; the result does not depend on it."""
+    """Parts the global batch is computed in, one after the other; only dropout's masks depend on it."""
     seed: int = 0
     """Seed of the initial weights, of the order of rows, and of dropout."""
     loss_chunk: int = 0
@@ -185,7 +191,7 @@ class TrainConfig:
     eval_every: int = 1000
     """Steps between evaluations on held-out rows; 0 evaluates at the end only."""
     eval_batches: int = 0
-    """Batches of an evaluation; 0 is all held-out rows."""
+    """Global batches of an evaluation; 0 is all held-out rows."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; there is always one at the end."""
     keep_last: int = 3
@@ -251,7 +257,12 @@ class Config:
 
     @property
     def prepared_dir(self) -> Path:
-        """Folder of the prepared rows."""
+        """Folder of the prepared rows.
+
+        Raises:
+          UserError: neither data.dir nor run.dir says where.
+        """
+        _require(bool(self.data.dir or self.run.dir), "neither run.dir nor data.dir is set: say where rows shall lie")
         return Path(self.data.dir) if self.data.dir else Path(self.run.dir) / "prepared"
 
 
@@ -335,7 +346,7 @@ def save_config(config: Config, path: str | Path) -> None:
         group: {key: list(value) if isinstance(value, tuple) else value for key, value in section.items()}
         for group, section in dataclasses.asdict(config).items()
     }
-    Path(path).write_text(yaml.safe_dump(values, sort_keys=False, width=120))
+    replace_file(path, yaml.safe_dump(values, sort_keys=False, width=120, allow_unicode=True).encode())
 
 
 # Settings that may change when a run goes on: they decide how and where it is computed, not what.
@@ -360,11 +371,15 @@ def differences(before: Config, after: Config) -> list[str]:
     The data are not compared: a checkpoint records the hash of the rows themselves.
     """
     found = []
+    may_change = dict(_MAY_CHANGE)
+    if after.model.dropout:
+        # Each part draws masks of its own.
+        may_change["train"] = may_change["train"] - {"gradient_accumulation_steps"}
     for group in ("model", "optimizer", "train"):
         old, new = (dataclasses.asdict(getattr(config, group)) for config in (before, after))
         found += [
             f"{group}.{name} was {old[name]}, is {new[name]}"
             for name in new
-            if name not in _MAY_CHANGE.get(group, ()) and old[name] != new[name]
+            if name not in may_change.get(group, ()) and old[name] != new[name]
         ]
     return found

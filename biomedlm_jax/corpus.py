@@ -19,6 +19,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import zstandard
@@ -131,6 +132,12 @@ def read_documents(
     if source == "text":
         return (document for file in files for document in _read_text(file, report))
     raise UserError(f"{source!r} is no format of text files: write pile or text")
+
+
+def read_mixed(files: Sequence[str], report: ReadReport, pile_sets: Sequence[str] = PUBMED_SETS) -> Iterator[Document]:
+    """Documents of files of both formats: The Pile's, if the name holds ".json", or plain text."""
+    for file in files:
+        yield from read_documents("pile" if ".json" in Path(file).name else "text", [file], report, pile_sets)
 
 
 def tokenizer_texts(read: Callable[[], Iterator[Document]]) -> Iterator[str]:

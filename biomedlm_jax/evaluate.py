@@ -98,31 +98,26 @@ def evaluate(
     abstract = jax.eval_shape(functools.partial(model.init_params, config.model, 0))
     params = load.load_params(path, step_number, sharding.tree_shardings(mesh, abstract))
     eval_step = jax.jit(functools.partial(step.eval_step, config))
-    nll = tokens = 0.0
     batches = data.eval_batches(held_out, batch_size * devices, sharding.batch_sharding(mesh))
     count = data.eval_batch_count(held_out, batch_size * devices)
+    progress = tqdm(batches, desc="evaluating", unit=" batches", disable=None, total=count)
     with jax.set_mesh(mesh):
-        for batch in tqdm(batches, desc="evaluating", unit=" batches", disable=None, total=count):
-            batch_nll, batch_tokens = eval_step(params, batch)
-            nll, tokens = nll + float(batch_nll), tokens + float(batch_tokens)
+        nll, tokens = step.held_out_loss(eval_step, params, progress)
     loss = nll / tokens
     return {
         "loss": loss,
         "perplexity": math.exp(loss),
-        "bits_per_byte": nll / math.log(2) / report.bytes,
+        # Of all tokens: the first ones of rows, which are not predicted, count as the others do on average.
+        "bits_per_byte": loss * held_out.tokens / math.log(2) / report.bytes,
         "tokens": int(tokens),
     } | report.as_dict()
 
 
 def _read_rows(patterns: list[str], tokenizer: Any, n_positions: int, report: Any, pile_sets: list[str]) -> Any:
     """The text as rows in memory, the last one padded."""
-    documents: list[Any] = []
-    for file in corpus.expand_globs(patterns):
-        source = "pile" if ".json" in Path(file).name else "text"
-        documents += corpus.read_documents(source, [file], report, pile_sets)
-    packed = list(
-        rows.pack_rows(tqdm(documents, desc="encoding", unit=" documents", disable=None), tokenizer, n_positions)
-    )
+    documents = corpus.read_mixed(corpus.expand_globs(patterns), report, pile_sets)
+    progress = tqdm(documents, desc="encoding", unit=" documents", disable=None)
+    packed = list(rows.pack_rows(progress, tokenizer, n_positions))
     tokens = sum(map(len, packed))
     if tokens < 2:
         raise UserError(f"{' '.join(patterns)}: no text to evaluate; left out: {dict(report.dropped)}")

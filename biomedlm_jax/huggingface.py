@@ -27,6 +27,7 @@ from tqdm import tqdm
 from biomedlm_jax import checkpoint, model, tokenizer, weights
 from biomedlm_jax.config import Config, ModelConfig, load_config, save_config
 from biomedlm_jax.errors import UserError
+from biomedlm_jax.files import complete_folder
 from biomedlm_jax.model import Params
 from biomedlm_jax.weights import Dtype, Entry, Format
 
@@ -318,7 +319,7 @@ def import_model(directory: str | Path, run_dir: str | Path) -> ModelConfig:
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory} is no folder; download a model first: hf download OWNER/NAME --local-dir DIR")
-    with _complete_folder(run_dir) as folder:
+    with _new_folder(run_dir) as folder:
         config, entries = _checked_entries(directory)
         arrays = create_checkpoint(folder, config)
         for tensor, value in _read_entries(directory, config, entries):
@@ -366,7 +367,7 @@ def export(
     all_tensors = tensors(config)
     named = [(PREFIX + tensor.name, tensor.shape) for tensor in all_tensors]
     size = sum(math.prod(tensor.shape) for tensor in all_tensors) * jnp.dtype(dtype).itemsize
-    with _complete_folder(output) as folder, _progress(f"writing {output}", size) as progress:
+    with _new_folder(output) as folder, _progress(f"writing {output}", size) as progress:
         values = _read_all(all_tensors, arrays, dtype, progress)
         files = weights.write_shards(
             folder,
@@ -447,24 +448,11 @@ def _read_all(
         yield cast
 
 
-@contextlib.contextmanager
-def _complete_folder(output: str | Path) -> Iterator[Path]:
-    """A folder to write to, which becomes `output` at the end: what is there is complete.
-
-    What a killed process leaves is named OUTPUT.partial, and is removed by the next try.
-    """
+def _new_folder(output: str | Path) -> contextlib.AbstractContextManager[Path]:
     output = Path(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"{output} already exists and is not empty; choose another --output, or remove it")
-    partial = output.absolute().with_name(f"{output.absolute().name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.replace(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    return complete_folder(output)
 
 
 def _progress(description: str, total_bytes: int) -> tqdm:

@@ -133,7 +133,8 @@ def read_config(path: str | Path) -> ModelConfig:
     """
     path = Path(path)
     if _is_run(path):
-        return load_config(path / checkpoint.CONFIG_FILE).model
+        # How attention is computed is a matter of the device that it is computed on.
+        return dataclasses.replace(load_config(path / checkpoint.CONFIG_FILE).model, attention="auto")
     if (path / "config.json").is_file():
         return huggingface.read_config(path)
     raise UserError(

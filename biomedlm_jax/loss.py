@@ -5,7 +5,30 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from biomedlm_jax.model import head_logits
+
+@jax.custom_vjp
+def head_logits(hidden: Float[Array, "*batch embd"], wte: Float[Array, "vocab embd"]) -> Float[Array, "*batch vocab"]:
+    """Logits from the tied head, accumulated in float32 from operands of `hidden`'s type.
+
+    The gradient's products take operands of that type, too: float32 times bfloat16 is no product that GPUs have.
+    """
+    return jnp.einsum("...e,ve->...v", hidden, wte.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def _head_logits_forward(hidden: Array, wte: Array) -> tuple[Array, tuple[Array, Array]]:
+    return head_logits(hidden, wte), (hidden, wte)
+
+
+def _head_logits_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    hidden, wte = residuals
+    gradient = gradient.astype(hidden.dtype)
+    return (
+        jnp.einsum("...v,ve->...e", gradient, wte.astype(hidden.dtype)),
+        jnp.einsum("...v,...e->ve", gradient, hidden, preferred_element_type=wte.dtype),
+    )
+
+
+head_logits.defvjp(_head_logits_forward, _head_logits_backward)
 
 
 def next_token_loss(

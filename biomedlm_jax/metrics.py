@@ -1,5 +1,7 @@
 """Where a run's numbers go: a progress bar, metrics.jsonl, TensorBoard, Weights & Biases."""
 
+import dataclasses
+import hashlib
 import json
 import logging
 import time
@@ -66,32 +68,37 @@ class Throughput:
 class MetricWriter:
     """Writes numbers by step; a resumed run goes on in the same files, without the steps it takes again."""
 
-    def __init__(self, config: Config, start_step: int, write: bool):
-        """Args: `start_step`, completed steps of the checkpoint; `write`, false in all processes but one."""
-        self._write = write
+    def __init__(self, config: Config, start_step: int):
+        """Args: `start_step`, completed steps of the checkpoint."""
         self._total = config.train.steps
-        if not write:
-            return
         run_dir = Path(config.run.dir)
-        self._file = (run_dir / METRICS_FILE).open("a+")
-        _drop_after(self._file, start_step)
+        _drop_after(run_dir / METRICS_FILE, start_step)
+        self._file = (run_dir / METRICS_FILE).open("a")
         self._bar = tqdm(
             total=self._total, initial=start_step, desc="training", unit=" steps", disable=None, dynamic_ncols=True
         )
         self._tensorboard = None
         if config.run.tensorboard:
             self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
-        self._wandb = _start_wandb(config) if config.run.wandb_project else None
+        self._wandb = None
+        if config.run.wandb_project:
+            # The same identity again, so that a resumed run goes on there, too.
+            identity = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
+            self._wandb = import_wandb().init(
+                project=config.run.wandb_project,
+                name=run_dir.resolve().name,
+                dir=config.run.dir,
+                id=identity,
+                resume="allow",
+                config=dataclasses.asdict(config),
+            )
 
     def advance(self, step: int) -> None:
         """Moves the progress bar."""
-        if self._write:
-            self._bar.update(step - self._bar.n)
+        self._bar.update(step - self._bar.n)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Writes one line of numbers; None stands for what is not known."""
-        if not self._write:
-            return
         self._file.write(json.dumps({"step": step} | values) + "\n")
         self._file.flush()
         known = {name: value for name, value in values.items() if value is not None}
@@ -107,8 +114,6 @@ class MetricWriter:
 
     def close(self) -> None:
         """Ends the bar and flushes everything."""
-        if not self._write:
-            return
         self._bar.close()
         self._file.close()
         if self._tensorboard:
@@ -122,20 +127,33 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     path = Path(run_dir) / METRICS_FILE
     if not path.is_file():
         raise UserError(f"{run_dir} has no {METRICS_FILE}: is it the folder of a run?")
-    return _complete_lines(path.read_text())
+    with path.open("rb") as file:
+        return [_parse(path, line) for line in file if line.endswith(b"\n")]
 
 
-def _complete_lines(text: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+def _drop_after(path: Path, step: int) -> None:
+    """Cuts off the lines of steps that will be taken again, and one that a crash left incomplete."""
+    if not path.is_file():
+        return
+    kept = 0
+    with path.open("r+b") as file:
+        for line in file:
+            if step == 0 or not line.endswith(b"\n") or _parse(path, line)["step"] > step:
+                break
+            kept += len(line)
+        file.truncate(kept)
 
 
-def _drop_after(file: Any, step: int) -> None:
-    """Cuts off the numbers of steps that will be taken again."""
-    file.seek(0)
-    kept = [line for line in _complete_lines(file.read()) if line["step"] <= step and step > 0]
-    file.truncate(0)
-    file.writelines(json.dumps(line) + "\n" for line in kept)
-    file.flush()
+def _parse(path: Path, line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict) or not isinstance(value.get("step"), int):
+        raise UserError(
+            f"{path} has a line that is no numbers of a step: {line[:60]!r}; remove it, or move the file away"
+        )
+    return value
 
 
 def _summary(values: dict[str, Any]) -> str:
@@ -150,9 +168,10 @@ def _summary(values: dict[str, Any]) -> str:
     return ", ".join(text.format(values[name]) for name, text in formats.items() if name in values)
 
 
-def _start_wandb(config: Config) -> Any:
+def import_wandb() -> Any:
+    """Weights & Biases. Raises: UserError: it is not installed."""
     try:
         import wandb
     except ImportError as error:
         raise UserError("run.wandb_project needs Weights & Biases: pip install wandb") from error
-    return wandb.init(project=config.run.wandb_project, name=Path(config.run.dir).name, dir=config.run.dir)
+    return wandb

@@ -16,8 +16,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from biomedlm_jax import corpus, synthetic
 from biomedlm_jax.config import Config, as_paths
 from biomedlm_jax.corpus import Document, ReadReport
 from biomedlm_jax.errors import UserError
+from biomedlm_jax.files import complete_folder
 from biomedlm_jax.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -105,7 +104,7 @@ def ensure_prepared(config: Config) -> None:
     """
     folder = config.prepared_dir
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time(folder.parent):
+    with _one_at_a_time(folder):
         if (folder / MANIFEST_FILE).is_file():
             _check_manifest(config, read_manifest(folder), folder)
             logger.info("rows: using %s", folder)
@@ -113,29 +112,20 @@ def ensure_prepared(config: Config) -> None:
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} exists and holds no prepared rows (no {MANIFEST_FILE}): choose another data.dir")
         logger.info("rows: %s has none yet; preparing them from data.source %s", folder, config.data.source)
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        try:
+        with complete_folder(folder) as partial:
             _prepare(config, partial)
-            partial.replace(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
     """Keeps two runs that share their rows from preparing them at once: the second waits, and finds them."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with folder.with_name(f".{folder.name}.lock").open("a") as lock:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.info("rows: another process prepares some in %s; waiting for it", folder)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            logger.info("rows: another process prepares %s; waiting for it", folder)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

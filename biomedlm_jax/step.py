@@ -1,11 +1,14 @@
 """The train state, and the training and evaluation steps: pure functions of pytrees."""
 
 import dataclasses
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from biomedlm_jax import model as model_lib
@@ -34,9 +37,10 @@ class TrainState:
     opt_state: Any
 
 
-def init_state(config: Config) -> TrainState:
-    """The state at step 0, a pure function of the configuration; jit it with `out_shardings`."""
-    params = model_lib.init_params(config.model, config.train.seed)
+def init_state(config: Config, params: Params | None = None) -> TrainState:
+    """The state at step 0 with these parameters, or else random ones from `train.seed`; jit it with `out_shardings`."""
+    if params is None:
+        params = model_lib.init_params(config.model, config.train.seed)
     opt_state = optimizer_lib.make_optimizer(config.optimizer, config.train.steps).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
@@ -62,9 +66,37 @@ def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainSt
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 
 
+def jit_train_step(config: Config, state_shardings: TrainState, batch_sharding: NamedSharding) -> Any:
+    """`train_step` compiled for a mesh; the state that it takes is given away for the one it returns."""
+    return jax.jit(
+        functools.partial(train_step, config),
+        donate_argnums=0,
+        in_shardings=(state_shardings, batch_sharding),
+        out_shardings=(state_shardings, None),
+    )
+
+
 def eval_step(config: Config, params: Params, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The summed loss in nats over a batch's predicted tokens, and their number."""
     return _summed_loss(config, params, batch, None), target_count(batch.mask)
+
+
+def held_out_loss(
+    jitted_eval_step: Any, params: Params, batches: Iterable[Batch], stop: Callable[[], bool] = lambda: False
+) -> tuple[float, float]:
+    """The summed loss in nats over the predicted tokens of all batches, and their number.
+
+    Args:
+      jitted_eval_step: `eval_step` of a configuration.
+      stop: asked before each batch whether to give up; what is returned then is of the batches until there.
+    """
+    nll = tokens = 0.0
+    for batch in batches:
+        if stop():
+            break
+        batch_nll, batch_tokens = jitted_eval_step(params, batch)
+        nll, tokens = nll + float(batch_nll), tokens + float(batch_tokens)
+    return nll, tokens
 
 
 def _summed_loss(config: Config, params: Params, batch: Batch, dropout_key: Array | None) -> Float[Array, ""]:
@@ -76,8 +108,7 @@ def _summed_loss(config: Config, params: Params, batch: Batch, dropout_key: Arra
 def _loss_and_grads(config: Config, state: TrainState, batch: Batch) -> tuple[Float[Array, ""], Params]:
     parts = config.train.gradient_accumulation_steps
     tokens = target_count(batch.mask)
-    rates = (config.model.embd_pdrop, config.model.attn_pdrop, config.model.resid_pdrop)
-    step_key = jax.random.fold_in(jax.random.key(config.train.seed), state.step) if any(rates) else None
+    step_key = jax.random.fold_in(jax.random.key(config.train.seed), state.step) if config.model.dropout else None
 
     def part_loss(params: Params, part: Batch, index: Int[Array, ""]) -> Float[Array, ""]:
         key = None if step_key is None else jax.random.fold_in(step_key, index)

@@ -9,7 +9,6 @@ import argparse
 import hashlib
 import io
 import json
-import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +16,9 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from biomedlm_jax.corpus import LONE_SURROGATE
 from biomedlm_jax.errors import UserError, run_command
+from biomedlm_jax.files import replace_file
 
 if TYPE_CHECKING:
     import tokenizers
@@ -28,7 +29,6 @@ PUBLISHED_VOCAB_SIZE = 28_896  # https://huggingface.co/stanford-crfm/BioMedLM
 _FIRST_LEARNT = 1 + 256
 # SentencePiece writes a space as U+2581, and so reads this character in a text as a space.
 _SPACE = "\u2581"
-_SURROGATE = re.compile("[\ud800-\udfff]")
 # Parts of a text that SentencePiece may encode one by one: no piece holds a space after its first character, so that
 # none reaches over a part's end, and short parts are four times as fast as a whole book.
 _PARTS = re.compile(f"{_SPACE}|[^{_SPACE}]{{1,2000}}[^{_SPACE} ]*")
@@ -395,7 +395,7 @@ def export_tokenizer(tokenizer: Tokenizer, directory: str | Path, *, model_max_l
 
 
 def _valid(text: str) -> str:
-    return _SURROGATE.sub("\ufffd", text)
+    return LONE_SURROGATE.sub("\ufffd", text)
 
 
 def _json_bytes(value: object) -> bytes:
@@ -431,12 +431,9 @@ def _added_tokens(folder: Path) -> dict[str, int]:
 
 
 def _write(directory: str | Path, files: Mapping[str, bytes]) -> None:
-    """Writes each file under a temporary name first, so that none is ever seen half written."""
     Path(directory).mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        temporary = Path(directory, f".{name}.{os.getpid()}")
-        temporary.write_bytes(content)
-        temporary.replace(Path(directory, name))
+        replace_file(Path(directory, name), content)
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -453,12 +450,8 @@ def _corpus_texts(files: Sequence[str]) -> Iterator[str]:
     """The abstracts of `files`, which the published tokenizer was trained on; if there are none, all of their text."""
     from biomedlm_jax import corpus
 
-    pile = [file for file in files if ".json" in Path(file).name]
-    plain = [file for file in files if file not in pile]
     report = corpus.ReadReport()
-    texts = corpus.tokenizer_texts(
-        lambda: chain(corpus.read_documents("pile", pile, report), corpus.read_documents("text", plain, report))
-    )
+    texts = corpus.tokenizer_texts(lambda: corpus.read_mixed(files, report))
     first = next(texts, None)
     if first is None:
         raise UserError(

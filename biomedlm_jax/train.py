@@ -9,7 +9,6 @@ Which weights a run starts from, the first that there is:
 """
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import math
@@ -28,7 +27,6 @@ from biomedlm_jax.errors import UserError, run_command
 # `--help` and mistakes in the settings answer before these are loaded.
 with epy.lazy_imports():
     import jax
-    from jax.experimental import multihost_utils
 
     from biomedlm_jax import checkpoint, data, load, metrics, rows, sharding, step, tokenizer
 
@@ -51,6 +49,8 @@ def train(config: Config) -> int:
     """
     if not config.run.dir:
         raise UserError("run.dir is not set: say where the run shall live, for instance --run.dir runs/first")
+    if config.run.wandb_project:
+        metrics.import_wandb()
     run_dir = Path(config.run.dir)
 
     # ---- Devices
@@ -70,66 +70,53 @@ def train(config: Config) -> int:
     assert train_rows is not None
     identity = data.identity(train_rows, config.train.seed, config.train.global_batch_size)
 
-    # ---- The state to start from
-    checkpointer = checkpoint.Checkpointer(run_dir, config.train)
-    state, state_shardings = _starting_state(config, mesh, checkpointer, identity)
-    start_step = int(state.step)
-    if start_step >= config.train.steps:
-        logger.info("%s has all its %d steps already", run_dir, start_step)
-        return 0
-    if jax.process_index() == 0:
+    with contextlib.closing(checkpoint.Checkpointer(run_dir, config.train)) as checkpointer, jax.set_mesh(mesh):
+        # ---- The state to start from
+        state, state_shardings = _starting_state(config, mesh, checkpointer, identity)
+        start_step = int(state.step)
+        if start_step >= config.train.steps:
+            logger.info("%s has all its %d steps already", run_dir, start_step)
+            return 0
         config_lib.save_config(config, run_dir / checkpoint.CONFIG_FILE)
         tokenizer.load_tokenizer(config.prepared_dir / "tokenizer").save(run_dir / checkpoint.TOKENIZER_FOLDER)
 
-    # ---- The compiled steps, and the batches they take
-    batch_sharding = sharding.batch_sharding(mesh)
-    train_step = jax.jit(
-        functools.partial(step.train_step, config),
-        donate_argnums=0,
-        in_shardings=(state_shardings, batch_sharding),
-        out_shardings=(state_shardings, None),
-    )
-    evaluator = _Evaluator(config, eval_rows, batch_sharding)
-    batches = data.train_batches(
-        train_rows,
-        config.train.seed,
-        config.train.global_batch_size,
-        start_step,
-        config.train.steps,
-        batch_sharding,
-        config.data.reader_threads,
-    )
-
-    # ---- The loop
-    record = _Record(config, start_step, checkpointer)
-    done, stop = start_step, False
-    with _stop_signal() as received, contextlib.closing(record), contextlib.closing(checkpointer), jax.set_mesh(mesh):
-        if start_step == 0 and config.train.eval_every:
-            record.evaluated(0, evaluator(state.params))
-        for done, batch in enumerate(batches, start=start_step + 1):
-            state, values = train_step(state, batch)
-            last = done == config.train.steps
-            stop = _agree(bool(received), done)
-            save = last or stop or done % config.train.checkpoint_every == 0
-            record.trained(done, values, write=save or done % config.train.log_every == 0)
-            if not stop and (last or config.train.eval_every and done % config.train.eval_every == 0):
-                record.evaluated(done, evaluator(state.params))
-            if save:
-                record.flush()
-                checkpointer.save(state, {"data": identity, "tokens": done * record.tokens_per_step})
-                record.throughput.restart(done)
-            if stop:
-                break
-        checkpointer.wait()
-    if stop:
-        number = received[0] if received else signal.SIGTERM
-        logger.info(
-            "stopped by %s: step %d is saved in %s; the same command goes on from there",
-            signal.Signals(number).name,
-            done,
-            run_dir,
+        # ---- The compiled steps, and the batches they take
+        batch_sharding = sharding.batch_sharding(mesh)
+        train_step = step.jit_train_step(config, state_shardings, batch_sharding)
+        evaluator = _Evaluator(config, eval_rows, batch_sharding)
+        batches = data.train_batches(
+            train_rows,
+            config.train.seed,
+            config.train.global_batch_size,
+            start_step,
+            config.train.steps,
+            batch_sharding,
+            config.data.reader_threads,
         )
-        return 128 + number
+
+        # ---- The loop
+        done, stop = start_step, False
+        with contextlib.closing(_Record(config, start_step, checkpointer)) as record, _stop_signal() as received:
+            if start_step == 0 and config.train.eval_every:
+                record.evaluated(0, evaluator(state.params, received))
+            for done, batch in enumerate(batches, start=start_step + 1):
+                state, values = train_step(state, batch)
+                record.trained(done, values)
+                last = done == config.train.steps
+                if last or (config.train.eval_every and done % config.train.eval_every == 0):
+                    record.evaluated(done, evaluator(state.params, received))
+                stop = bool(received) and not last
+                if last or stop or done % config.train.checkpoint_every == 0:
+                    record.check()
+                    checkpointer.save(state, {"data": identity})
+                    record.throughput.restart(done)
+                if stop:
+                    break
+            checkpointer.wait()
+    if stop:
+        name = signal.Signals(received[0]).name
+        logger.info("stopped by %s: step %d is saved in %s; the same command goes on from there", name, done, run_dir)
+        return 128 + received[0]
     print(record.summary(eval_rows.entropy if eval_rows else None))
     return 0
 
@@ -137,38 +124,27 @@ def train(config: Config) -> int:
 def _starting_state(config: Config, mesh: Any, checkpointer: Any, identity: dict[str, Any]) -> tuple[Any, Any]:
     """The state from the first source of weights that there is, on the mesh, and its shardings."""
     init_state = functools.partial(step.init_state, config)
-    abstract = jax.eval_shape(init_state)
-    shardings = sharding.tree_shardings(mesh, abstract)
+    shardings = sharding.tree_shardings(mesh, jax.eval_shape(init_state))
+    jitted_init = jax.jit(init_state, out_shardings=shardings)
     run_dir, init_from = config.run.dir, config.run.init_from
     latest = checkpointer.latest_step()
     if latest is not None:
-        state = checkpointer.restore(
-            latest, jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-        )
+        state = checkpointer.restore(latest, jitted_init.eval_shape())
         _check_identity(checkpointer.metadata(latest)["data"], identity, run_dir)
-        logger.info(
-            "weights: going on from step %d of %s%s",
-            latest,
-            run_dir,
-            "; run.init_from is not used" if init_from else "",
-        )
+        not_used = "; run.init_from is not used" if init_from else ""
+        logger.info("weights: going on from step %d of %s%s", latest, run_dir, not_used)
         return state, shardings
-    state = jax.jit(init_state, out_shardings=shardings)()
-    if init_from:
-        state = dataclasses.replace(state, params=load.start_from(init_from, config.model, shardings.params))
-        logger.info("weights: of %s, at step 0", init_from)
-        with contextlib.suppress(UserError):  # weights may come without a tokenizer
-            if (
-                load.load_tokenizer(init_from).fingerprint
-                != rows.read_manifest(config.prepared_dir)["tokenizer_sha256"]
-            ):
-                logger.warning(
-                    "weights: %s has another tokenizer than %s: its ids mean other words",
-                    init_from,
-                    config.prepared_dir,
-                )
-    else:
+    if not init_from:
         logger.info("weights: random, from train.seed %d", config.train.seed)
+        return jitted_init(), shardings
+    state = jitted_init(load.start_from(init_from, config.model, shardings.params))
+    logger.info("weights: of %s, at step 0", init_from)
+    with contextlib.suppress(UserError):  # weights may come without a tokenizer
+        theirs = load.load_tokenizer(init_from).fingerprint
+        if theirs != rows.read_manifest(config.prepared_dir)["tokenizer_sha256"]:
+            logger.warning(
+                "weights: %s has another tokenizer than %s: its ids mean other words", init_from, config.prepared_dir
+            )
     return state, shardings
 
 
@@ -177,19 +153,18 @@ class _Evaluator:
 
     def __init__(self, config: Config, eval_rows: Any, batch_sharding: Any):
         self._rows, self._sharding = eval_rows, batch_sharding
-        self._limit = config.train.eval_batches
-        self._batch_size = config.train.global_batch_size // config.train.gradient_accumulation_steps
+        parts = config.train.gradient_accumulation_steps
+        # As many rows at once as in training, and the same rows however many that are.
+        self._batch_size, self._limit = config.train.global_batch_size // parts, config.train.eval_batches * parts
         self._step = jax.jit(functools.partial(step.eval_step, config))
 
-    def __call__(self, params: Any) -> dict[str, float]:
-        """'eval/loss' in nats a token and 'eval/perplexity'; nothing where there are no held-out rows."""
+    def __call__(self, params: Any, received: list[int]) -> dict[str, float]:
+        """'eval/loss' in nats a token and 'eval/perplexity'; nothing without held-out rows, or if a signal came."""
         if self._rows is None:
             return {}
-        nll = tokens = 0.0
-        for batch in data.eval_batches(self._rows, self._batch_size, self._sharding, self._limit):
-            batch_nll, batch_tokens = self._step(params, batch)
-            nll, tokens = nll + float(batch_nll), tokens + float(batch_tokens)
-        return {"eval/loss": nll / tokens, "eval/perplexity": math.exp(nll / tokens)}
+        batches = data.eval_batches(self._rows, self._batch_size, self._sharding, self._limit)
+        nll, tokens = step.held_out_loss(self._step, params, batches, stop=lambda: bool(received))
+        return {} if received else {"eval/loss": nll / tokens, "eval/perplexity": math.exp(nll / tokens)}
 
 
 class _Record:
@@ -197,28 +172,26 @@ class _Record:
 
     def __init__(self, config: Config, start_step: int, checkpointer: Any):
         self.throughput = metrics.Throughput(config)
-        self.tokens_per_step = config.train.global_batch_size * config.model.n_positions
         self._config, self._start_step, self._checkpointer = config, start_step, checkpointer
-        self._writer = metrics.MetricWriter(config, start_step, write=jax.process_index() == 0)
+        self._tokens_per_step = config.train.global_batch_size * config.model.n_positions
+        self._writer = metrics.MetricWriter(config, start_step)
         self._pending: tuple[int, dict[str, Any]] | None = None
-        self._losses: list[float] = []
+        self._first_loss = self._last_loss = math.nan
         self._evaluated: dict[str, float] = {}
         self._started = time.monotonic()
 
-    def trained(self, done: int, values: dict[str, Any], write: bool) -> None:
-        """Takes the numbers of step `done`, still being computed; `write` asks for a line of them."""
-        self.flush()
-        first = done == self._start_step + 1
-        if first or write:
-            self._pending = done, values
-        if first:
+    def trained(self, done: int, values: dict[str, Any]) -> None:
+        """Takes the numbers of step `done`, still being computed."""
+        self.check()
+        self._pending = done, values
+        if done == self._start_step + 1:
             # The first step compiles, which is no measure of speed.
             jax.block_until_ready(values)
             self.throughput.restart(done)
         self._writer.advance(done)
 
-    def flush(self) -> None:
-        """Fetches and writes the numbers taken last.
+    def check(self) -> None:
+        """Fetches the numbers taken last, and writes them if it is their turn.
 
         Raises:
           UserError: one is not finite.
@@ -235,15 +208,18 @@ class _Record:
                 f"is step {self._checkpointer.latest_step()} of {self._config.run.dir}. A lower "
                 "optimizer.learning_rate or a longer optimizer.warmup_steps may help"
             )
-        self._losses.append(loss)
-        self._writer.write(done, {"tokens": done * self.tokens_per_step} | numbers | self.throughput.read(done))
+        if math.isnan(self._first_loss):
+            self._first_loss = loss
+        self._last_loss = loss
+        if done == 1 or done % self._config.train.log_every == 0 or done == self._config.train.steps:
+            self._writer.write(done, {"tokens": done * self._tokens_per_step} | numbers | self.throughput.read(done))
 
     def evaluated(self, done: int, results: dict[str, float]) -> None:
         """Takes the numbers of an evaluation after step `done`."""
-        self.flush()
+        self.check()
         if results:
             self._evaluated = results
-            self._writer.write(done, {"tokens": done * self.tokens_per_step} | results)
+            self._writer.write(done, {"tokens": done * self._tokens_per_step} | results)
         self.throughput.restart(done)
 
     def close(self) -> None:
@@ -253,16 +229,15 @@ class _Record:
     def summary(self, entropy: float | None) -> str:
         """What was learnt and where it lies, in one line."""
         steps, minutes = self._config.train.steps, (time.monotonic() - self._started) / 60
-        learnt = f"training loss {self._losses[0]:.3f} -> {self._losses[-1]:.3f}"
+        learnt = f"training loss {self._first_loss:.3f} -> {self._last_loss:.3f}"
         if self._evaluated:
-            learnt += (
-                f", held-out loss {self._evaluated['eval/loss']:.3f} (perplexity "
-                f"{self._evaluated['eval/perplexity']:.2f})"
-            )
+            loss, perplexity = self._evaluated["eval/loss"], self._evaluated["eval/perplexity"]
+            learnt += f", held-out loss {loss:.3f} (perplexity {perplexity:.2f})"
             if entropy is not None:
                 learnt += f", of which {entropy:.3f} is chance that no model can learn"
+        since = f" since step {self._start_step:,}" if self._start_step else ""
         return (
-            f"step {steps:,}, {steps * self.tokens_per_step:,} tokens, {minutes:.1f} min: {learnt}; "
+            f"step {steps:,}, {steps * self._tokens_per_step:,} tokens; {minutes:.1f} min{since}: {learnt}; "
             f"model in {self._config.run.dir}"
         )
 
@@ -308,13 +283,6 @@ def _stop_signal() -> Iterator[list[int]]:
         yield received
     finally:
         restore()
-
-
-def _agree(stop: bool, done: int) -> bool:
-    """Whether to stop after this step: what one process was told, all must do at the same step."""
-    if jax.process_count() == 1:
-        return stop
-    return bool(multihost_utils.reached_preemption_sync_point(done))
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ def test_an_unfinished_checkpoint_does_not_count(tmp_path):
     assert checkpoint.find_step(tmp_path) == 1
     again = checkpoint.Checkpointer(tmp_path, config.train)
     assert again.latest_step() == 1
+    assert sorted(path.name for path in checkpoint.checkpoint_folder(tmp_path).iterdir()) == ["1"]
     again.save(at_step(state, 2), {})
     again.wait()
     assert again.latest_step() == 2
@@ -91,7 +92,7 @@ def test_a_failed_background_save_is_raised(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpointer._manager, "wait_until_finished", fail)
     with pytest.raises(
         UserError,
-        match=r"saving to .*/checkpoints failed \(.*No space left.*\); the last complete checkpoint is step 1",
+        match=r"saving to .*/checkpoints failed \(no space left on device\); the last complete checkpoint is step 1",
     ):
         checkpointer.wait()
 

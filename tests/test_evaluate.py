@@ -68,7 +68,7 @@ def test_equals_the_training_run_and_a_sum_over_rows(run):
     assert results["loss"] == pytest.approx(nll / count, abs=1e-5)
     assert results["perplexity"] == pytest.approx(math.exp(nll / count), rel=1e-4)
     assert results["bits_per_byte"] == pytest.approx(
-        nll / math.log(2) / sum(len(text.encode()) for text in HELD_OUT), rel=1e-4
+        nll / count * len(ids) / math.log(2) / sum(len(text.encode()) for text in HELD_OUT), rel=1e-4
     )
 
 

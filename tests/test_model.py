@@ -9,6 +9,7 @@ from biomedlm_jax import model as model_lib
 from biomedlm_jax.attention import causal_attention
 from biomedlm_jax.config import ModelConfig
 from biomedlm_jax.errors import UserError
+from biomedlm_jax.loss import next_token_loss
 
 SMALL = ModelConfig(vocab_size=61, n_positions=24, n_embd=32, n_layer=3, n_head=4, compute_dtype="float32")
 
@@ -48,9 +49,9 @@ def test_reference_attention_equals_brute_force(shape):
 
 def test_attention_dropout_keeps_the_mean_and_needs_a_key():
     qkv = jax.random.normal(jax.random.key(0), (1, 8, 3, 4))
-    sure = causal_attention(qkv, 0.5, dropout=0.4)
+    sure = causal_attention(qkv, 0.5, dropout_rate=0.4)
     np.testing.assert_array_equal(sure, causal_attention(qkv, 0.5))
-    draws = jax.vmap(lambda key: causal_attention(qkv, 0.5, dropout=0.4, dropout_key=key))(
+    draws = jax.vmap(lambda key: causal_attention(qkv, 0.5, dropout_rate=0.4, dropout_key=key))(
         jax.random.split(jax.random.key(1), 4000)
     )
     assert float(jnp.std(draws, axis=0).min()) > 0.01
@@ -171,3 +172,26 @@ def test_bfloat16_compute_stays_near_float32_and_gives_float32_logits():
     rounded = model_lib.merge(replace(compute_dtype="bfloat16"), params)(tokens)
     assert rounded.dtype == jnp.float32
     assert 0 < float(jnp.abs(rounded - exact).max()) < 0.02 * float(jnp.abs(exact).max()) + 0.01
+
+
+def test_bfloat16_gradients_stay_near_float32_in_every_parameter():
+    """Sums over all tokens, of biases and embeddings, would be tens of percent off if they were taken in bfloat16."""
+    config = replace(n_embd=64, n_head=2, n_layer=2, n_positions=128, vocab_size=64)
+    params = jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, model_lib.init_params(config, 0))
+    # Some words are far more frequent than others, as in text.
+    tokens = jnp.minimum(jax.random.exponential(jax.random.key(0), (128, 128)) * 6, 63).astype(int)
+
+    def gradient(compute_dtype):
+        model_config = dataclasses.replace(config, compute_dtype=compute_dtype)
+
+        def loss(params):
+            hidden = model_lib.merge(model_config, params).hidden_states(tokens)
+            mask = jnp.ones(tokens.shape, bool)
+            return next_token_loss(hidden, params["wte"]["embedding"], tokens, mask) / tokens.size
+
+        return jax.jit(jax.grad(loss))(params)
+
+    exact, rounded = gradient("float32"), gradient("bfloat16")
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(exact), jax.tree.leaves(rounded), strict=True):
+        error = float(jnp.linalg.norm((a - b).ravel()) / jnp.linalg.norm(a.ravel()))
+        assert error < 0.01, jax.tree_util.keystr(path)

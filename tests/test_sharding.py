@@ -1,4 +1,3 @@
-import functools
 import re
 
 import jax
@@ -6,7 +5,7 @@ import numpy as np
 import pytest
 import tiny
 
-from biomedlm_jax import sharding, step
+from biomedlm_jax import sharding
 from biomedlm_jax.config import MeshConfig, ModelConfig
 from biomedlm_jax.errors import UserError
 from biomedlm_jax.model import init_params
@@ -61,15 +60,14 @@ def test_the_published_model_divides_by_every_pod_of_the_docs():
             assert np.prod(spec.shard_shape(leaf.shape)) * fsdp == leaf.size
 
 
-def test_the_step_exchanges_parameters_and_never_activations():
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_step_exchanges_parameters_and_never_activations(parts):
     """On eight devices: what is gathered has the shape of a parameter, or of one layer of it."""
-    config = tiny.replace(model={"n_positions": 24})
+    config = tiny.replace(model={"n_positions": 24}, train={"gradient_accumulation_steps": parts})
     trainer = tiny.Trainer(config, MeshConfig(fsdp=8))
     with jax.set_mesh(trainer.mesh):
-        lowered = jax.jit(functools.partial(step.train_step, config), out_shardings=(trainer.shardings, None)).lower(
-            trainer.state, jax.device_put(tiny.random_batch(config, 0), sharding.batch_sharding(trainer.mesh))
-        )
-    text = lowered.compile().as_text()
+        batch = jax.device_put(tiny.random_batch(config, 0), sharding.batch_sharding(trainer.mesh))
+        text = trainer.jitted_step.lower(trainer.state, batch).compile().as_text()
     gathered = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]\S* all-gather\(", text)}
     shapes = {x.shape for x in jax.tree.leaves(trainer.state.params)}
     shapes |= {shape[1:] for shape in shapes} | {(1, *shape[1:]) for shape in shapes}

@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+import unittest.mock
 
 import numpy as np
 import pytest
@@ -37,31 +37,39 @@ def make_config(prepared, run_dir, **groups) -> Config:
     return tiny.replace(config, **groups)
 
 
-class Run:
-    """A `train` process."""
+# Runs `train` and sends itself a signal when a step has been started; the numbers before it are written.
+SIGNALLED = """
+import os, sys
+from biomedlm_jax import errors, metrics, train
 
-    def __init__(self, config: Config, env: dict[str, str], devices: int = 1):
-        self.dir = config.run.dir
-        os.makedirs(self.dir, exist_ok=True)
-        path = f"{self.dir}-config.yaml"
-        config_lib.save_config(config, path)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "biomedlm_jax.train", "--config", path],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=env | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
-        )
+at, number = int(sys.argv[1]), int(sys.argv[2])
+advance = metrics.MetricWriter.advance
 
-    def wait_for_step(self, step: int) -> None:
-        while self.process.poll() is None:
-            if any(line["step"] >= step for line in read_metrics(self.dir)):
-                return
-            time.sleep(0.002)
+def advance_and_signal(self, step):
+    advance(self, step)
+    if step == at:
+        os.kill(os.getpid(), number)
 
-    def finish(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=300)
-        return self.process.returncode, out, err
+metrics.MetricWriter.advance = advance_and_signal
+sys.argv = ["train", *sys.argv[3:]]
+errors.run_command(train.main)
+"""
+
+
+def run_train(config: Config, env: dict[str, str], devices: int = 1, at: int = 0, number: int = 0):
+    """Runs `train` in a process: its exit status, standard output and standard error."""
+    path = f"{config.run.dir}-config.yaml"
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    config_lib.save_config(config, path)
+    result = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, str(at), str(number), "--config", path],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=env | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
+    )
+    return result.returncode, result.stdout, result.stderr
 
 
 def read_metrics(run_dir):
@@ -77,16 +85,14 @@ def losses(run_dir):
 
 @pytest.fixture(scope="module")
 def straight(prepared, tmp_path_factory):
-    """30 steps without a stop, on eight devices and on one."""
+    """30 steps without a stop, on one device and on eight."""
     folder = tmp_path_factory.mktemp("straight")
-    runs = {
-        devices: Run(make_config(prepared, folder / str(devices), train={"keep_last": 10}), dict(os.environ), devices)
-        for devices in (1, 8)
-    }
-    for run in runs.values():
-        status, _, err = run.finish()
+    for devices in (1, 8):
+        config = make_config(prepared, folder / str(devices), train={"keep_last": 10})
+        status, out, err = run_train(config, dict(os.environ), devices)
         assert status == 0, err
-    return {devices: run.dir for devices, run in runs.items()}
+        assert "step 30, 30,720 tokens" in out and f"model in {config.run.dir}" in out
+    return {devices: str(folder / str(devices)) for devices in (1, 8)}
 
 
 def test_the_contract_of_the_run_folder(straight, prepared):
@@ -108,36 +114,41 @@ def test_the_contract_of_the_run_folder(straight, prepared):
     assert os.path.exists(f"{straight[1]}/tokenizer/tokenizer.model")
 
 
-def test_killed_twice_and_resumed_is_equal_to_the_last_bit(straight, prepared, tmp_path, subprocess_env):
-    config = make_config(prepared, tmp_path / "run")
+@pytest.mark.parametrize("log_every", [1, 4])
+def test_killed_twice_and_resumed_is_equal_to_the_last_bit(straight, prepared, tmp_path, subprocess_env, log_every):
+    config = make_config(prepared, tmp_path / "run", train={"log_every": log_every})
     for step in (8, 18):
-        run = Run(config, subprocess_env)
-        run.wait_for_step(step)
-        run.process.kill()
-        assert run.finish()[0] == -signal.SIGKILL
-        assert step <= max(losses(run.dir)) < 30
-    status, out, err = Run(config, subprocess_env).finish()
+        status, _, err = run_train(config, subprocess_env, at=step, number=signal.SIGKILL)
+        assert status == -signal.SIGKILL, err
+        assert max(losses(config.run.dir)) == (step - 1) // log_every * log_every
+    status, _, err = run_train(config, subprocess_env)
     assert status == 0 and "going on from step" in err
-    assert losses(run.dir) == losses(straight[1])
-    assert [line["step"] for line in metrics.read_metrics(run.dir)] == [
-        line["step"] for line in metrics.read_metrics(straight[1])
-    ]
+    expected = {step: loss for step, loss in losses(straight[1]).items() if step in (1, 30) or step % log_every == 0}
+    assert losses(config.run.dir) == expected
+    steps = [line["step"] for line in metrics.read_metrics(config.run.dir)]
+    assert steps == sorted([0, *expected, 10, 20, 30])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_the_step_and_the_command_goes_on(straight, prepared, tmp_path, subprocess_env, number):
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 7), (signal.SIGINT, 9), (signal.SIGTERM, 10)])
+def test_a_signal_saves_the_step_and_the_command_goes_on(straight, prepared, tmp_path, subprocess_env, number, step):
+    """Between checkpoints, and when an evaluation is due, which is then left out."""
     config = make_config(prepared, tmp_path / "run", train={"checkpoint_every": 1000})
-    run = Run(config, subprocess_env)
-    run.wait_for_step(7)
-    run.process.send_signal(number)
-    status, _, err = run.finish()
-    assert status == 128 + number
-    step = checkpoint.find_step(run.dir)
-    assert f"stopped by {number.name}: step {step} is saved in {run.dir}; the same command goes on" in err
-    assert 7 <= step < 30 and max(losses(run.dir)) == step
-    status, _, err = Run(config, subprocess_env).finish()
+    status, _, err = run_train(config, subprocess_env, at=step, number=number)
+    assert status == 128 + number, err
+    assert checkpoint.find_step(config.run.dir) == step
+    assert f"stopped by {number.name}: step {step} is saved in {config.run.dir}; the same command goes on" in err
+    assert max(losses(config.run.dir)) == step
+    assert not any(line["step"] == step and "eval/loss" in line for line in metrics.read_metrics(config.run.dir))
+    status, _, err = run_train(config, subprocess_env)
     assert status == 0 and f"going on from step {step}" in err
-    assert losses(run.dir) == losses(straight[1])
+    assert losses(config.run.dir) == losses(straight[1])
+
+
+def test_a_signal_at_the_last_step_comes_too_late(prepared, tmp_path, subprocess_env):
+    config = make_config(prepared, tmp_path / "run")
+    status, out, err = run_train(config, subprocess_env, at=30, number=signal.SIGTERM)
+    assert status == 0 and f"model in {config.run.dir}" in out, err
+    assert checkpoint.find_step(config.run.dir) == 30
 
 
 @pytest.mark.parametrize("devices", [4, 2])
@@ -146,7 +157,7 @@ def test_resumed_on_fewer_devices_reads_the_same_rows(straight, prepared, tmp_pa
     shutil.copytree(straight[8], run_dir)
     for step in (20, 25, 30):
         shutil.rmtree(run_dir / "checkpoints" / str(step))
-    status, _, err = Run(make_config(prepared, run_dir), subprocess_env, devices).finish()
+    status, _, err = run_train(make_config(prepared, run_dir), subprocess_env, devices)
     assert status == 0 and "going on from step 15" in err and f"{devices} x cpu" in err
     # The rows of a step are drawn anew each epoch, so other rows would show at once.
     resumed, expected = losses(run_dir), losses(straight[8])
@@ -162,10 +173,10 @@ def test_a_full_disk_loses_nothing_that_was_saved(prepared, tmp_path, subprocess
     ).returncode:
         pytest.skip("this process may not mount a small disk")
     try:
-        status, _, err = Run(make_config(prepared, disk / "run", train={"keep_last": 100}), subprocess_env).finish()
+        status, _, err = run_train(make_config(prepared, disk / "run", train={"keep_last": 100}), subprocess_env)
         assert status == 2 and "Traceback" not in err, err
-        step = checkpoint.find_step(disk / "run")
-        assert f"(no space left on device); the last complete checkpoint is step {step}: make room" in err
+        # Whichever write came first: a checkpoint's, whose message names the last one that is whole, or another.
+        assert "no space left on device" in err.lower() and "make room" in err
         params = checkpoint.load_params(disk / "run")
         assert params["wte"]["embedding"].shape == (600, 64)
     finally:
@@ -245,7 +256,7 @@ def test_numbers_resume_where_the_checkpoint_is(tmp_path):
     path.write_text(
         "".join(json.dumps({"step": step, "train/loss": 1.0}) + "\n" for step in range(1, 8)) + '{"step": 8, "tr'
     )
-    writer = metrics.MetricWriter(config, start_step=5, write=True)
+    writer = metrics.MetricWriter(config, start_step=5)
     writer.write(6, {"train/loss": 2.0, "perf/mfu": None})
     writer.close()
     assert [(line["step"], line["train/loss"]) for line in metrics.read_metrics(tmp_path)] == [
@@ -257,6 +268,25 @@ def test_numbers_resume_where_the_checkpoint_is(tmp_path):
         (6, 2.0),
     ]
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_weights_and_biases_gets_the_numbers(tmp_path, monkeypatch):
+    config = tiny.replace(run={"dir": str(tmp_path), "wandb_project": "biomedlm", "tensorboard": False})
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="run.wandb_project needs Weights & Biases: pip install wandb"):
+        metrics.MetricWriter(config, start_step=0)
+    wandb = unittest.mock.MagicMock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    writer = metrics.MetricWriter(config, start_step=0)
+    writer.write(3, {"train/loss": 2.0, "perf/mfu": None})
+    writer.close()
+    again = metrics.MetricWriter(config, start_step=3)
+    again.close()
+    first, second = (call.kwargs for call in wandb.init.call_args_list)
+    assert first["project"] == "biomedlm" and first["name"] == tmp_path.name
+    assert first["resume"] == "allow" and first["id"] == second["id"]
+    wandb.init().log.assert_called_once_with({"train/loss": 2.0}, step=3)
+    assert wandb.init().finish.call_count == 2
 
 
 @pytest.mark.parametrize(

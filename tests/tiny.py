@@ -41,9 +41,11 @@ class Trainer:
         init = functools.partial(step.init_state, config)
         self.shardings = sharding.tree_shardings(self.mesh, jax.eval_shape(init))
         self.state = jax.jit(init, out_shardings=self.shardings)()
-        self._step = jax.jit(functools.partial(step.train_step, config), out_shardings=(self.shardings, None))
+        self.jitted_step = step.jit_train_step(config, self.shardings, sharding.batch_sharding(self.mesh))
 
     def __call__(self, batch: step.Batch) -> dict[str, float]:
         with jax.set_mesh(self.mesh):
-            self.state, metrics = self._step(self.state, jax.device_put(batch, sharding.batch_sharding(self.mesh)))
+            self.state, metrics = self.jitted_step(
+                self.state, jax.device_put(batch, sharding.batch_sharding(self.mesh))
+            )
         return {name: float(value) for name, value in metrics.items()}
