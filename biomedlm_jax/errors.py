@@ -33,9 +33,10 @@ def run_command(main: Callable[[], int | None]) -> None:
     package_logger.setLevel(logging.INFO)
     package_logger.propagate = False  # libraries set up the root logger, too
     package_logger.addHandler(_AboveProgressBars())
-    # Orbax logs a traceback for every failure, which it also raises, and which is named below; and TensorStore's
-    # threads then find its event loop closed.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Orbax and asyncio log a traceback for every failure of a save, which is also raised, and named below; and
+    # TensorStore's threads then find the event loop closed.
+    for library in ("absl", "asyncio"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda what: (
         None if "Event loop is closed" in str(what.exc_value) else sys.__unraisablehook__(what)
     )
