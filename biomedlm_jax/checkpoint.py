@@ -9,6 +9,7 @@ Parameters and optimizer are apart so that evaluation and export read only what 
 """
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ _CHUNK_BYTES = 64 * 2**20
 
 def checkpoint_folder(run_dir: str | Path) -> Path:
     """Where a run's checkpoints lie."""
-    return Path(run_dir).absolute() / "checkpoints"
+    return Path(os.path.abspath(run_dir)) / "checkpoints"
 
 
 class Checkpointer:
@@ -69,8 +70,16 @@ class Checkpointer:
             )
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """What `save` was given beside the state."""
-        return self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())).metadata
+        """What `save` was given beside the state.
+
+        Raises:
+          UserError: it cannot be read.
+        """
+        with _explained(Path(self._manager.directory) / str(step)):
+            restored = self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())).metadata
+            if not isinstance(restored, dict):
+                raise ValueError("its metadata is no JSON object")
+            return restored
 
     def restore(self, step: int, abstract_state: TrainState) -> TrainState:
         """The state of a step, laid out as `abstract_state` (shapes, types and shardings) says.
@@ -113,7 +122,7 @@ class Checkpointer:
             yield
         except Exception as error:
             raise UserError(
-                f"saving to {self._manager.directory} failed ({_reason(error)}); the last complete checkpoint is "
+                f"saving to {self._manager.directory} failed ({reason(error)}); the last complete checkpoint is "
                 f"step {self._manager.latest_step()}: make room, and the same command goes on from it"
             ) from error
 
@@ -196,13 +205,13 @@ def _explained(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:
         raise UserError(
-            f"cannot read the checkpoint {folder} ({_reason(error)}); an older step may be whole"
+            f"cannot read the checkpoint {folder} ({reason(error)}); if an older step is whole, move this one away"
         ) from error
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """What went wrong in one line. Orbax raises bare Exceptions of many lines, and its storage its own types."""
     while error.__cause__:
         error = error.__cause__
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0].split(" [tensorstore_spec")[0]
     return "no space left on device" if "No space left on device" in line else line

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -73,6 +74,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "unroll"):
             _require(getattr(self, name) >= 1, f"model.{name} must be at least 1, not {getattr(self, name)}")
+        _require(self.n_positions >= 2, "model.n_positions must be at least 2: a row of one token predicts nothing")
+        for name in ("layer_norm_epsilon", "initializer_range"):
+            _require(getattr(self, name) > 0, f"model.{name} must be above 0, not {getattr(self, name)}")
         _require(
             self.n_embd % self.n_head == 0,
             f"model.n_head must divide model.n_embd: {self.n_embd} / {self.n_head} is not a whole number",
@@ -317,7 +321,7 @@ def parse_args(command: str, description: str, args: list[str] | None = None) ->
         each other.
     """
     parser = _parser(f"python -m biomedlm_jax.{command}", description)
-    return _instantiate(parser, parser.parse_args(args))
+    return _instantiate(parser, lambda: parser.parse_args(args))
 
 
 def load_config(path: str | Path) -> Config:
@@ -330,13 +334,18 @@ def load_config(path: str | Path) -> Config:
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist: is {Path(path).parent} the folder of a run?")
     try:
-        return _instantiate(parser, parser.parse_path(str(path)))
+        return _instantiate(parser, lambda: parser.parse_path(str(path)))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def _instantiate(parser: _Parser, namespace: jsonargparse.Namespace) -> Config:
-    values = parser.instantiate(namespace)
+def _instantiate(parser: _Parser, parse: Callable[[], jsonargparse.Namespace]) -> Config:
+    try:
+        values = parser.instantiate(parse())
+    except UnicodeDecodeError as error:
+        raise UserError(f"the configuration is not UTF-8: {error}") from error
+    except TypeError as error:
+        raise UserError("the configuration must have groups of settings, such as model: {n_layer: 2}") from error
     return Config(**{group.name: values[group.name] for group in dataclasses.fields(Config)})
 
 

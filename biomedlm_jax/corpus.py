@@ -80,6 +80,15 @@ class ReadReport:
             "samples": {reason: list(places) for reason, places in self.samples.items()},
         }
 
+    def check(self, max_bad_fraction: float) -> None:
+        """Refuses text of which too much is broken. Raises: UserError: names the first place."""
+        if self.bad_fraction > max_bad_fraction:
+            reason = next(reason for reason in BROKEN if self.samples.get(reason))
+            raise UserError(
+                f"{self.bad_fraction:.1%} of the records are broken, more than the {max_bad_fraction:.1%} allowed; "
+                f"for instance {reason} at {self.samples[reason][0]}"
+            )
+
     def drop(self, reason: Reason, file: str, line: int) -> None:
         """Counts a record that is left out."""
         self.dropped[reason] += 1
@@ -135,9 +144,18 @@ def read_documents(
 
 
 def read_mixed(files: Sequence[str], report: ReadReport, pile_sets: Sequence[str] = PUBMED_SETS) -> Iterator[Document]:
-    """Documents of files of both formats: The Pile's, if the name holds ".json", or plain text."""
+    """Documents of files of both formats, told apart by name (".json") or else by their first line."""
     for file in files:
-        yield from read_documents("pile" if ".json" in Path(file).name else "text", [file], report, pile_sets)
+        yield from read_documents("pile" if _is_pile(file) else "text", [file], report, pile_sets)
+
+
+def _is_pile(file: str) -> bool:
+    if ".json" in Path(file).name:
+        return True
+    try:
+        return isinstance(json.loads(next(_lines(file), b"")), dict)
+    except ValueError:
+        return False
 
 
 def tokenizer_texts(read: Callable[[], Iterator[Document]]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -45,13 +46,20 @@ def run_command(main: Callable[[], int | None]) -> None:
     except UserError as error:
         message = str(error)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        # Threads that compile or save may be at work: leave without taking the interpreter apart under them.
+        os._exit(128 + signal.SIGINT)
+    except (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        remedies = {
+            errno.ENOSPC: "make room and start the same command again",
+            errno.EDQUOT: "make room and start the same command again",
+            errno.EROFS: "choose a folder that can be written to",
+        }
+        if error.errno not in remedies:
             raise
-        message = f"{error.filename or 'writing'}: {error.strerror}; make room and start the same command again"
+        message = f"{error.filename or 'writing'}: {error.strerror}; {remedies[error.errno]}"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(USER_ERROR_STATUS)

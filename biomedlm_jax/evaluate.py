@@ -14,13 +14,14 @@ from etils import epy
 from tqdm import tqdm
 
 from biomedlm_jax.errors import UserError, run_command
+from biomedlm_jax.files import replace_file
 
 with epy.lazy_imports():
     import jax
     import numpy as np
 
     from biomedlm_jax import config as config_lib
-    from biomedlm_jax import corpus, data, load, model, rows, sharding, step
+    from biomedlm_jax import corpus, data, load, metrics, model, rows, sharding, step
 
 
 def main() -> None:
@@ -57,15 +58,18 @@ def main() -> None:
     args = parser.parse_args()
     if args.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, not {args.batch_size}")
+    if args.output and not Path(args.output).absolute().parent.is_dir():
+        raise UserError(f"--output {args.output}: there is no such folder")
     results = evaluate(
         args.checkpoint, args.data, step_number=args.step, pile_sets=args.pile_sets, batch_size=args.batch_size
     )
-    if args.output:
-        Path(args.output).write_text(json.dumps(results, indent=2) + "\n")
     print(
         f"{results['documents']:,} documents, {results['tokens']:,} tokens: loss {results['loss']:.4f} nats a token, "
         f"perplexity {results['perplexity']:.2f}, {results['bits_per_byte']:.4f} bits a byte"
+        + (f"; left out: {results['dropped']}" if results["dropped"] else "")
     )
+    if args.output:
+        replace_file(args.output, json.dumps(results, indent=2).encode() + b"\n")
 
 
 def evaluate(
@@ -104,9 +108,11 @@ def evaluate(
     with jax.set_mesh(mesh):
         nll, tokens = step.held_out_loss(eval_step, params, progress)
     loss = nll / tokens
+    if not math.isfinite(loss):
+        raise UserError(f"{path}: the loss is {loss}: the weights hold numbers that are not finite")
     return {
         "loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": metrics.perplexity(loss),
         # Of all tokens: the first ones of rows, which are not predicted, count as the others do on average.
         "bits_per_byte": loss * held_out.tokens / math.log(2) / report.bytes,
         "tokens": int(tokens),
@@ -118,6 +124,7 @@ def _read_rows(patterns: list[str], tokenizer: Any, n_positions: int, report: An
     documents = corpus.read_mixed(corpus.expand_globs(patterns), report, pile_sets)
     progress = tqdm(documents, desc="encoding", unit=" documents", disable=None)
     packed = list(rows.pack_rows(progress, tokenizer, n_positions))
+    report.check(config_lib.DataConfig().max_bad_fraction)
     tokens = sum(map(len, packed))
     if tokens < 2:
         raise UserError(f"{' '.join(patterns)}: no text to evaluate; left out: {dict(report.dropped)}")

@@ -1,9 +1,13 @@
-"""Files and folders that are complete whenever they are there under their name."""
+"""Files and folders that are complete whenever they are there under their name, and locks on them."""
 
 import contextlib
+import fcntl
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from biomedlm_jax.errors import UserError
 
 
 def replace_file(path: str | Path, content: bytes) -> None:
@@ -18,15 +22,37 @@ def replace_file(path: str | Path, content: bytes) -> None:
 def complete_folder(path: str | Path) -> Iterator[Path]:
     """An empty folder to write to, which becomes `path` at the end, or vanishes on an error.
 
-    What a killed process leaves is named `path`.partial, and is removed by the next try. An empty folder in the place
-    of `path` is replaced.
+    What a killed process leaves is beside it, named `.NAME.PID.partial`. An empty folder in the place of `path` is
+    replaced.
+
+    Raises:
+      UserError: `path` is a mount point, which cannot be replaced.
     """
-    path = Path(path).absolute()
-    partial = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    path = Path(os.path.abspath(path))
+    if path.is_mount():
+        raise UserError(f"{path} is a mount point, which cannot be replaced when all is written: choose a folder in it")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
         yield partial
         partial.replace(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def lock(path: Path, when_taken: Callable[[], None]) -> Iterator[None]:
+    """Holds a lock file, which the system frees if the process dies.
+
+    Args:
+      path: the file; it stays when the lock is given back.
+      when_taken: called if another process holds it, before waiting for that; may raise instead.
+    """
+    # NFS wants a file that is open for writing.
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            when_taken()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

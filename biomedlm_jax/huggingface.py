@@ -326,9 +326,15 @@ def import_model(directory: str | Path, run_dir: str | Path) -> ModelConfig:
             tensor.of(arrays).write(value).result()
         save_config(Config(model=config), folder / checkpoint.CONFIG_FILE)
         try:
-            tokenizer.load_tokenizer(directory).save(folder / checkpoint.TOKENIZER_FOLDER)
+            its_tokenizer = tokenizer.load_tokenizer(directory)
+            its_tokenizer.save(folder / checkpoint.TOKENIZER_FOLDER)
         except UserError as error:
             logger.warning("the model is converted WITHOUT A TOKENIZER, and can read token ids only: %s", error)
+        else:
+            if its_tokenizer.vocab_size > config.vocab_size:
+                raise UserError(
+                    f"{directory}: the tokenizer has {its_tokenizer.vocab_size} words, the model {config.vocab_size}"
+                )
         (folder / _MEMORY_FOLDER).mkdir()
         for name in _REMEMBERED:
             if (directory / name).is_file():
@@ -420,7 +426,7 @@ def _open_arrays(folder: Path) -> dict[str, tensorstore.TensorStore]:
         return {path: tensorstore.open(spec).result() for path, spec in specs.items()}
     except ValueError as error:
         raise UserError(
-            f"cannot read the checkpoint {folder}: {str(error).splitlines()[0]}; an older step may be whole"
+            f"cannot read the checkpoint {folder} ({checkpoint.reason(error)}); if an older step is whole, name it"
         ) from error
 
 

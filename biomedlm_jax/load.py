@@ -36,9 +36,9 @@ class LanguageModel:
         """The tokenizer beside the model.
 
         Raises:
-          UserError: there is none, or its files are broken.
+          UserError: there is none, its files are broken, or it has words that the model does not know.
         """
-        return tokenizer_lib.load_tokenizer(self._tokenizer_dir)
+        return _load_tokenizer(self._tokenizer_dir, self.config)
 
     def __call__(
         self, tokens: Any, attention_mask: Any = None, position_ids: Any = None
@@ -189,9 +189,18 @@ def load_tokenizer(path: str | Path) -> tokenizer_lib.Tokenizer:
     """The tokenizer beside the model in a run's folder or a Hugging Face folder.
 
     Raises:
-      UserError: there is none, or its files are broken.
+      UserError: there is none, its files are broken, or it has words that the model does not know.
     """
-    return tokenizer_lib.load_tokenizer(_tokenizer_dir(Path(path)))
+    return _load_tokenizer(_tokenizer_dir(Path(path)), read_config(path))
+
+
+def _load_tokenizer(directory: Path, config: ModelConfig) -> tokenizer_lib.Tokenizer:
+    tokenizer = tokenizer_lib.load_tokenizer(directory)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} words, and the model {config.vocab_size}"
+        )
+    return tokenizer
 
 
 def _tokenizer_dir(path: Path) -> Path:

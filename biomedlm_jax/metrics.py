@@ -4,12 +4,15 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from biomedlm_jax.config import Config
@@ -79,7 +82,7 @@ class MetricWriter:
         )
         self._tensorboard = None
         if config.run.tensorboard:
-            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+            self._tensorboard = _TensorBoard(run_dir / "tensorboard", start_step)
         self._wandb = None
         if config.run.wandb_project:
             # The same identity again, so that a resumed run goes on there, too.
@@ -103,8 +106,7 @@ class MetricWriter:
         self._file.flush()
         known = {name: value for name, value in values.items() if value is not None}
         if self._tensorboard:
-            for name, value in known.items():
-                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.write(step, known)
         if self._wandb:
             self._wandb.log(known, step=step)
         shown = _summary(known)
@@ -120,6 +122,33 @@ class MetricWriter:
             self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
+
+
+class _TensorBoard:
+    """An event file, written at once: tensorboardX's own writer blocks for ever behind a full disk."""
+
+    def __init__(self, folder: Path, start_step: int):
+        folder.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"))
+        # Hides what an earlier part of the run wrote of later steps.
+        self._add(Event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            self._add(Event(step=step, summary=scalar(name, value)))
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
+
+    def _add(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._events.write_event(event)
+
+
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats a token; infinite past what a float holds."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:

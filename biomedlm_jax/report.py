@@ -4,7 +4,6 @@ python -m biomedlm_jax.report RUN
 """
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,8 @@ def main() -> None:
     if not trained:
         raise UserError(f"{args.run} has no logged steps yet")
     output = Path(args.output or Path(args.run) / "report.png")
-    draw(lines, Path(args.run).name, output)
     print(summary(lines))
+    draw(lines, Path(args.run).resolve().name, output)
     print(f"drawn in {output}")
 
 
@@ -43,7 +42,7 @@ def summary(lines: list[dict[str, Any]]) -> str:
     text = [f"{'':16}{'step':>10}{'loss':>10}{'perplexity':>12}"]
 
     def row(label: str, line: dict[str, Any], key: str) -> None:
-        text.append(f"{label:16}{line['step']:>10,}{line[key]:>10.4f}{math.exp(line[key]):>12.2f}")
+        text.append(f"{label:16}{line['step']:>10,}{line[key]:>10.4f}{metrics.perplexity(line[key]):>12.2f}")
 
     row("training, first", trained[0], "train/loss")
     row("training, last", trained[-1], "train/loss")
@@ -85,7 +84,10 @@ def draw(lines: list[dict[str, Any]], title: str, output: Path) -> None:
             axes.legend()
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("{x:g}")
-    figure.savefig(output, dpi=110)
+    try:
+        figure.savefig(output, dpi=110)
+    except ValueError as error:  # a format that matplotlib does not know
+        raise UserError(f"{output}: {error}") from error
 
 
 if __name__ == "__main__":

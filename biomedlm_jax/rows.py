@@ -11,11 +11,13 @@ every held-out token counts.
 
 import contextlib
 import dataclasses
-import fcntl
+import errno
+import functools
 import hashlib
 import itertools
 import json
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,13 +32,14 @@ from biomedlm_jax import corpus, synthetic
 from biomedlm_jax.config import Config, as_paths
 from biomedlm_jax.corpus import Document, ReadReport
 from biomedlm_jax.errors import UserError
-from biomedlm_jax.files import complete_folder
+from biomedlm_jax.files import complete_folder, lock
 from biomedlm_jax.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "manifest.json"
 _FORMAT = 1
+_PREPARE_AGAIN = "delete the folder and prepare it again"
 _DATASET = "biomedlm_rows"
 _ROWS_PER_FILE = 1 << 16
 _DOCUMENTS_PER_ENCODE = 256
@@ -102,12 +105,14 @@ def ensure_prepared(config: Config) -> None:
       UserError: the text cannot be read, has too many broken records or too little text, the tokenizer's
         vocabulary is not the model's, or the folder holds other rows than the configuration asks for.
     """
-    folder = config.prepared_dir
+    folder = Path(os.path.abspath(config.prepared_dir))
+    # Looked for before the lock, too: complete rows may lie where nothing can be written.
+    if _is_prepared(config, folder):
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time(folder):
-        if (folder / MANIFEST_FILE).is_file():
-            _check_manifest(config, read_manifest(folder), folder)
-            logger.info("rows: using %s", folder)
+    busy = functools.partial(logger.info, "rows: another process prepares %s; waiting for it", folder)
+    with lock(folder.with_name(f".{folder.name}.lock"), busy):
+        if _is_prepared(config, folder):
             return
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder} exists and holds no prepared rows (no {MANIFEST_FILE}): choose another data.dir")
@@ -116,44 +121,54 @@ def ensure_prepared(config: Config) -> None:
             _prepare(config, partial)
 
 
-@contextlib.contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Keeps two runs that share their rows from preparing them at once: the second waits, and finds them."""
-    with folder.with_name(f".{folder.name}.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("rows: another process prepares %s; waiting for it", folder)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _is_prepared(config: Config, folder: Path) -> bool:
+    if not (folder / MANIFEST_FILE).is_file():
+        return False
+    _check_manifest(config, read_manifest(folder), folder)
+    logger.info("rows: using %s", folder)
+    return True
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What a folder of prepared rows holds."""
     path = folder / MANIFEST_FILE
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{folder} holds no prepared rows (no {MANIFEST_FILE})") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged ({error}): delete {folder} and prepare it again") from error
-    if manifest.get("format") != _FORMAT:
-        raise UserError(f"{path} has format {manifest.get('format')}, and this version reads {_FORMAT}: prepare again")
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): {_PREPARE_AGAIN}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+        raise UserError(f"{path} is not of format {_FORMAT}, which this version reads: {_PREPARE_AGAIN}")
+    needed = {"settings", "n_positions", "vocab_size", "tokenizer_sha256", "splits"}
+    if missing := sorted(needed - manifest.keys()):
+        raise UserError(f"{path} is damaged (it lacks {', '.join(missing)}): {_PREPARE_AGAIN}")
     return manifest
 
 
 def open_rows(folder: Path, split: str) -> Rows | None:
-    """The rows of split 'train' or 'eval'; None if the split is empty."""
+    """The rows of split 'train' or 'eval'; None if the split is empty.
+
+    Raises:
+      UserError: files are missing, cut off, or not those that the manifest speaks of.
+    """
     manifest = read_manifest(folder)
     counts = manifest["splits"][split]
     if not counts["rows"]:
         return None
-    builder = tfds.builder_from_directory(str(folder / "rows"))
-    source = builder.as_data_source(split)
+    # TFDS and ArrayRecord raise what they like on files that are missing, empty or cut off.
+    try:
+        builder = tfds.builder_from_directory(str(folder / "rows"))
+        source = builder.as_data_source(split)
+        ends = np.cumsum(builder.info.splits[split].shard_lengths)
+        for row in {0, *ends - 1, *ends[:-1]}:
+            source[int(row)]
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder / 'rows'} cannot be read ({reason}): {_PREPARE_AGAIN}") from error
     if len(source) != counts["rows"]:
         raise UserError(
-            f"{folder / 'rows'} has {len(source)} rows of {split}, and its manifest says {counts['rows']}: "
-            "delete it and prepare again"
+            f"{folder / 'rows'} has {len(source)} rows of {split}, its manifest says {counts['rows']}: {_PREPARE_AGAIN}"
         )
     entropy = counts["entropy_nats"] / counts["tokens"] if "entropy_nats" in counts else None
     return Rows(source, manifest["n_positions"], counts["tokens"], counts["sha256"], entropy)
@@ -262,8 +277,20 @@ def _tokenizer(config: Config, train_files: list[str], folder: Path) -> Tokenize
         tokenizer.save(folder)
         return tokenizer
     logger.info("tokenizer: training one of %d words", config.model.vocab_size)
-    texts = corpus.tokenizer_texts(lambda: _documents(config, "train", train_files, ReadReport()))
-    return train_tokenizer(texts, config.model.vocab_size, folder)
+    reports: list[ReadReport] = []
+
+    def read() -> Iterator[Document]:
+        reports.append(ReadReport())
+        return _documents(config, "train", train_files, reports[-1])
+
+    texts = corpus.tokenizer_texts(read)
+    first = next(texts, None)
+    if first is None:
+        raise UserError(
+            f"no text in data.train_files ({train_files[0]}, ...): left out are {dict(reports[-1].dropped)}; "
+            f"data.pile_sets is {list(config.data.pile_sets)}"
+        )
+    return train_tokenizer(itertools.chain([first], texts), config.model.vocab_size, folder)
 
 
 def _prepare_split(
@@ -285,12 +312,7 @@ def _prepare_split(
             writer.write(np.pad(row, (0, missing), constant_values=tokenizer.eos_id))
             tokens += len(row)
     info = writer.close()
-    if report.bad_fraction > config.data.max_bad_fraction:
-        reason = next(reason for reason in corpus.BROKEN if report.samples.get(reason))
-        raise UserError(
-            f"{report.bad_fraction:.1%} of the {split} records are broken, more than data.max_bad_fraction "
-            f"({config.data.max_bad_fraction:.1%}); for instance {reason} at {report.samples[reason][0]}"
-        )
+    report.check(config.data.max_bad_fraction)
     if split == "eval" and files and not tokens:
         raise UserError(
             f"no text to evaluate on in data.eval_files ({files[0]}, ...): left out are {dict(report.dropped)}"
@@ -345,23 +367,39 @@ class _SplitWriter:
     def write(self, row: np.ndarray) -> None:
         """Appends one row."""
         if self._writer is None or self._lengths[-1] == _ROWS_PER_FILE:
-            if self._writer is not None:
-                self._writer.close()
+            self._close_file()
             # One row a group: rows are read in random order.
             path = self._temporary_path(len(self._lengths))
             self._writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
             self._lengths.append(0)
-        self._writer.write(self._serializer.serialize_example(self._features.encode_example({"tokens": row})))
+        with _full_disk_named(path=self._template.data_dir):
+            self._writer.write(self._serializer.serialize_example(self._features.encode_example({"tokens": row})))
         self.digest.update(row.tobytes())
         self._lengths[-1] += 1
         self._bytes += row.nbytes
 
+    def _close_file(self) -> None:
+        if self._writer is not None:
+            with _full_disk_named(path=self._template.data_dir):
+                self._writer.close()
+
     def close(self) -> tfds.core.SplitInfo:
         """Gives the files their names and describes them to TFDS."""
-        if self._writer is not None:
-            self._writer.close()
+        self._close_file()
+        if self._lengths:
             for index, path in enumerate(self._template.sharded_filepaths(len(self._lengths))):
                 self._temporary_path(index).rename(str(path))
         return tfds.core.SplitInfo(
             name=self._split, shard_lengths=self._lengths, num_bytes=self._bytes, filename_template=self._template
         )
+
+
+@contextlib.contextmanager
+def _full_disk_named(path: Any) -> Iterator[None]:
+    """Makes an OSError of ArrayRecord's RuntimeError about a full disk."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "No space left" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error

@@ -28,7 +28,7 @@ from biomedlm_jax.errors import UserError, run_command
 with epy.lazy_imports():
     import jax
 
-    from biomedlm_jax import checkpoint, data, load, metrics, rows, sharding, step, tokenizer
+    from biomedlm_jax import checkpoint, data, files, load, metrics, rows, sharding, step, tokenizer
 
 logger = logging.getLogger("biomedlm_jax.train")
 
@@ -63,62 +63,77 @@ def train(config: Config) -> int:
         jax.devices()[0].device_kind,
     )
 
-    # ---- The run's folder, and the rows it reads
-    _check_run_folder(config, run_dir)
-    rows.ensure_prepared(config)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with files.lock(run_dir / ".lock", functools.partial(_refuse_busy, run_dir)), jax.set_mesh(mesh):
+        # ---- The run's folder, and the rows it reads
+        _check_run_folder(config, run_dir)
+        rows.ensure_prepared(config)
+        with (
+            _stop_signal() as received,
+            contextlib.closing(checkpoint.Checkpointer(run_dir, config.train)) as checkpointer,
+        ):
+            return _run(config, mesh, checkpointer, received)
+
+
+def _run(config: Config, mesh: Any, checkpointer: Any, received: list[int]) -> int:
+    """`train` once its folder is its own and the rows are there."""
+    run_dir = Path(config.run.dir)
     train_rows, eval_rows = (rows.open_rows(config.prepared_dir, split) for split in ("train", "eval"))
     assert train_rows is not None
     identity = data.identity(train_rows, config.train.seed, config.train.global_batch_size)
 
-    with contextlib.closing(checkpoint.Checkpointer(run_dir, config.train)) as checkpointer, jax.set_mesh(mesh):
-        # ---- The state to start from
-        state, state_shardings = _starting_state(config, mesh, checkpointer, identity)
-        start_step = int(state.step)
-        if start_step >= config.train.steps:
-            logger.info("%s has all its %d steps already", run_dir, start_step)
-            return 0
-        config_lib.save_config(config, run_dir / checkpoint.CONFIG_FILE)
-        tokenizer.load_tokenizer(config.prepared_dir / "tokenizer").save(run_dir / checkpoint.TOKENIZER_FOLDER)
+    # ---- The state to start from
+    state, state_shardings = _starting_state(config, mesh, checkpointer, identity)
+    start_step = int(state.step)
+    if start_step >= config.train.steps:
+        logger.info("%s has all its %d steps already", run_dir, start_step)
+        return 0
+    config_lib.save_config(config, run_dir / checkpoint.CONFIG_FILE)
+    tokenizer.load_tokenizer(config.prepared_dir / "tokenizer").save(run_dir / checkpoint.TOKENIZER_FOLDER)
 
-        # ---- The compiled steps, and the batches they take
-        batch_sharding = sharding.batch_sharding(mesh)
-        train_step = step.jit_train_step(config, state_shardings, batch_sharding)
-        evaluator = _Evaluator(config, eval_rows, batch_sharding)
-        batches = data.train_batches(
-            train_rows,
-            config.train.seed,
-            config.train.global_batch_size,
-            start_step,
-            config.train.steps,
-            batch_sharding,
-            config.data.reader_threads,
-        )
+    # ---- The compiled steps, and the batches they take
+    batch_sharding = sharding.batch_sharding(mesh)
+    train_step = step.jit_train_step(config, state_shardings, batch_sharding)
+    evaluator = _Evaluator(config, eval_rows, batch_sharding)
+    batches = data.train_batches(
+        train_rows,
+        config.train.seed,
+        config.train.global_batch_size,
+        start_step,
+        config.train.steps,
+        batch_sharding,
+        config.data.reader_threads,
+    )
 
-        # ---- The loop
-        done, stop = start_step, False
-        with contextlib.closing(_Record(config, start_step, checkpointer)) as record, _stop_signal() as received:
-            if start_step == 0 and config.train.eval_every:
-                record.evaluated(0, evaluator(state.params, received))
-            for done, batch in enumerate(batches, start=start_step + 1):
-                state, values = train_step(state, batch)
-                record.trained(done, values)
-                last = done == config.train.steps
-                if last or (config.train.eval_every and done % config.train.eval_every == 0):
-                    record.evaluated(done, evaluator(state.params, received))
-                stop = bool(received) and not last
-                if last or stop or done % config.train.checkpoint_every == 0:
-                    record.check()
-                    checkpointer.save(state, {"data": identity})
-                    record.throughput.restart(done)
-                if stop:
-                    break
-            checkpointer.wait()
+    # ---- The loop
+    done, stop = start_step, False
+    with contextlib.closing(_Record(config, start_step, checkpointer)) as record:
+        if start_step == 0 and config.train.eval_every:
+            record.evaluated(0, evaluator(state.params, received))
+        for done, batch in enumerate(batches, start=start_step + 1):
+            state, values = train_step(state, batch)
+            record.trained(done, values)
+            last = done == config.train.steps
+            if last or (config.train.eval_every and done % config.train.eval_every == 0):
+                record.evaluated(done, evaluator(state.params, received))
+            stop = bool(received) and not last
+            if last or stop or done % config.train.checkpoint_every == 0:
+                record.check()
+                checkpointer.save(state, {"data": identity})
+                record.throughput.restart(done)
+            if stop:
+                break
+        checkpointer.wait()
     if stop:
         name = signal.Signals(received[0]).name
         logger.info("stopped by %s: step %d is saved in %s; the same command goes on from there", name, done, run_dir)
         return 128 + received[0]
     print(record.summary(eval_rows.entropy if eval_rows else None))
     return 0
+
+
+def _refuse_busy(run_dir: Path) -> None:
+    raise UserError(f"{run_dir} is in use by another process: wait for it to end, or choose another run.dir")
 
 
 def _starting_state(config: Config, mesh: Any, checkpointer: Any, identity: dict[str, Any]) -> tuple[Any, Any]:
@@ -164,7 +179,7 @@ class _Evaluator:
             return {}
         batches = data.eval_batches(self._rows, self._batch_size, self._sharding, self._limit)
         nll, tokens = step.held_out_loss(self._step, params, batches, stop=lambda: bool(received))
-        return {} if received else {"eval/loss": nll / tokens, "eval/perplexity": math.exp(nll / tokens)}
+        return {} if received else {"eval/loss": nll / tokens, "eval/perplexity": metrics.perplexity(nll / tokens)}
 
 
 class _Record:
@@ -203,10 +218,11 @@ class _Record:
         numbers = {name: float(value) for name, value in values.items()}
         loss, grad_norm = numbers["train/loss"], numbers["train/grad_norm"]
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            latest = self._checkpointer.latest_step()
+            saved = "nothing was saved yet" if latest is None else f"the last checkpoint is step {latest}"
             raise UserError(
-                f"at step {done} the loss is {loss} and the gradient's norm {grad_norm}; the last checkpoint "
-                f"is step {self._checkpointer.latest_step()} of {self._config.run.dir}. A lower "
-                "optimizer.learning_rate or a longer optimizer.warmup_steps may help"
+                f"at step {done} the loss is {loss} and the gradient's norm {grad_norm}; {saved} of "
+                f"{self._config.run.dir}. A lower optimizer.learning_rate or a longer optimizer.warmup_steps may help"
             )
         if math.isnan(self._first_loss):
             self._first_loss = loss

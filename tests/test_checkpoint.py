@@ -127,3 +127,15 @@ def test_no_run_and_no_checkpoint_are_named(tmp_path):
     config_lib.save_config(tiny.CONFIG, tmp_path / "config.yaml")
     with pytest.raises(UserError, match="has no checkpoint yet"):
         checkpoint.find_step(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, "", "[]"])
+def test_damaged_metadata_is_named(tmp_path, content):
+    config, checkpointer = make_run(tmp_path)
+    checkpointer.save(tiny.Trainer(config, MeshConfig(fsdp=1)).state, {"data": {}})
+    checkpointer.wait()
+    file = checkpoint.checkpoint_folder(tmp_path) / "0" / "metadata" / "metadata"
+    file.unlink() if content is None else file.write_text(content)
+    with pytest.raises(UserError, match="cannot read the checkpoint .*/0 .*move this one away"):
+        checkpointer.metadata(0)
+    checkpointer.close()

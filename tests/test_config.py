@@ -62,6 +62,8 @@ def test_saved_configuration_reads_back(tmp_path):
         (["--train.loss_chunk", "100"], "train.loss_chunk must divide model.n_positions: 1024 / 100"),
         (["--optimizer.beta2", "1"], r"optimizer.beta2 must be in \[0, 1\)"),
         (["--data.source", "pile"], "data.source pile needs data.train_files"),
+        (["--model.n_positions", "1"], "model.n_positions must be at least 2"),
+        (["--model.layer_norm_epsilon", "-1"], "model.layer_norm_epsilon must be above 0"),
         (["--mesh.fsdp", "0"], "mesh.fsdp must be at least 1"),
         (["--train.keep_last", "0"], "train.keep_last must be at least 1"),
     ],
@@ -79,6 +81,7 @@ def test_mistakes_are_one_clear_line(args, message):
         ("modl: {n_layer: 3}", "unknown setting modl.n_layer; did you mean model.n_layer?"),
         ("model: [", "Problems parsing"),
         ("model: {n_layer: two}", "two"),
+        ("model: 5", "must have groups of settings"),
     ],
 )
 def test_mistakes_in_a_file_name_it(tmp_path, text, message):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from biomedlm_jax import convert, load_model, metrics, report, synthetic
 from biomedlm_jax import evaluate as evaluate_lib
 from biomedlm_jax import train as train_lib
 from biomedlm_jax.errors import UserError
+from biomedlm_jax.tokenizer import train_tokenizer
 
 HELD_OUT = [synthetic.generate(index).text for index in range(200, 203)]
 
@@ -98,7 +100,21 @@ def test_plain_text_and_the_command(run, tmp_path, subprocess_env):
     assert written["loss"] == pytest.approx(evaluate(run, [str(tmp_path / "*.txt")])["loss"], abs=1e-5)
 
 
+def test_formats_are_told_apart_by_content(run, tmp_path):
+    plain = tmp_path / "corpus"
+    pile_file(plain, HELD_OUT)
+    results, expected = evaluate(run, [str(plain)]), evaluate(run, [str(run.parent / "val.jsonl")])
+    assert results["documents"] == 3 and results["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+
+
 def test_mistakes_are_named(run, tmp_path):
+    (tmp_path / "broken.jsonl").write_text('{"text": 5}\n' * 3)
+    with pytest.raises(UserError, match="100.0% of the records are broken.*wrong type at .*broken.jsonl:1"):
+        evaluate(run, [str(tmp_path / "broken.jsonl")])
+    shutil.copytree(run, tmp_path / "larger")
+    train_tokenizer(HELD_OUT, 900, tmp_path / "larger" / "tokenizer")
+    with pytest.raises(UserError, match="the tokenizer has 900 words, and the model 600"):
+        evaluate(tmp_path / "larger", [str(run.parent / "val.jsonl")])
     (tmp_path / "empty.txt").write_text(" \n")
     for path, files, message in [
         (tmp_path, ["x"], "is neither the folder of a run .* nor a Hugging Face folder"),

@@ -1,13 +1,17 @@
+import concurrent.futures
 import gzip
 import json
 import os
+import subprocess
+import threading
+import time
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 import tiny
 
-from biomedlm_jax import rows, synthetic
+from biomedlm_jax import files, rows, synthetic
 from biomedlm_jax.corpus import Document
 from biomedlm_jax.errors import UserError
 from biomedlm_jax.tokenizer import load_tokenizer, train_tokenizer
@@ -117,9 +121,9 @@ def test_what_is_there_is_used_and_anything_else_refused(pile_config):
 def test_a_failure_leaves_nothing_behind(pile_config):
     train = pile_config.prepared_dir.parent / "train"
     (train / "02.jsonl").write_text("{broken\n" * 5)
-    with pytest.raises(UserError, match=r"7.[0-9]% of the train records are broken.*not JSON at .*02.jsonl:1"):
+    with pytest.raises(UserError, match=r"7.[0-9]% of the records are broken.*not JSON at .*02.jsonl:1"):
         rows.ensure_prepared(pile_config)
-    assert sorted(path.name for path in train.parent.iterdir()) == ["train", "val.jsonl"]
+    assert sorted(path.name for path in train.parent.iterdir()) == [".prepared.lock", "train", "val.jsonl"]
     rows.ensure_prepared(tiny.replace(pile_config, data={"max_bad_fraction": 0.1}))
     assert rows.read_manifest(pile_config.prepared_dir)["splits"]["train"]["dropped"]["not JSON"] == 5
 
@@ -161,19 +165,76 @@ def test_damage_is_noticed(pile_config):
     rows.ensure_prepared(pile_config)
     folder = pile_config.prepared_dir
     manifest = json.loads((folder / "manifest.json").read_text())
+    fewer = manifest["splits"] | {"train": manifest["splits"]["train"] | {"rows": 7}}
     for text, message in [
-        (json.dumps(manifest | {"format": 99}), "format 99"),
+        (json.dumps(manifest | {"format": 99}), "is not of format 1"),
+        (json.dumps({"format": 1}), "is damaged .it lacks n_positions, settings"),
+        ("[1, 2]", "is not of format 1"),
         ("{", "is damaged"),
-        (
-            json.dumps(
-                manifest | {"splits": manifest["splits"] | {"train": manifest["splits"]["train"] | {"rows": 7}}}
-            ),
-            "its manifest says 7",
-        ),
+        ("\udcff", "is damaged"),
+        (json.dumps(manifest | {"splits": fewer}), "its manifest says 7"),
     ]:
-        (folder / "manifest.json").write_text(text)
+        (folder / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))
         with pytest.raises(UserError, match=message):
             rows.open_rows(folder, "train")
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone", "features.json", "dataset_info.json"])
+def test_damaged_files_are_named(pile_config, damage):
+    rows.ensure_prepared(pile_config)
+    folder = pile_config.prepared_dir
+    file = next((folder / "rows").glob("*train*array_record*"))
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    elif damage == "empty":
+        file.write_bytes(b"")
+    else:
+        (file if damage == "gone" else folder / "rows" / damage).unlink()
+    with pytest.raises(UserError, match=f"{folder / 'rows'} .*delete the folder and prepare it again"):
+        rows.open_rows(folder, "train")
+
+
+def test_another_process_is_waited_for(pile_config, caplog):
+    pile_config.prepared_dir.parent.mkdir(exist_ok=True)
+    taken = threading.Event()
+    lock_file = pile_config.prepared_dir.with_name(".prepared.lock")
+
+    def hold():
+        with files.lock(lock_file, lambda: None):
+            taken.set()
+            time.sleep(1)
+            assert not pile_config.prepared_dir.exists()
+
+    with concurrent.futures.ThreadPoolExecutor() as pool, caplog.at_level("INFO"):
+        holder = pool.submit(hold)
+        taken.wait()
+        rows.ensure_prepared(pile_config)
+        holder.result()
+    assert "another process prepares" in caplog.text and pile_config.prepared_dir.exists()
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this process may not mount a small disk")
+    try:
+        config = tiny.replace(model={"vocab_size": 600}, data={"dir": str(disk / "rows"), "synthetic_documents": 8000})
+        with pytest.raises(OSError, match="No space left on device"):
+            rows.ensure_prepared(config)
+        assert sorted(path.name for path in disk.iterdir()) == [".rows.lock"]
+        # Nor can a mounted folder itself be replaced, which is said before the work.
+        with pytest.raises(UserError, match="is a mount point"):
+            (disk / ".rows.lock").unlink()
+            rows.ensure_prepared(tiny.replace(config, data={"dir": str(disk)}))
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_text_that_is_all_left_out_is_named(pile_config):
+    with pytest.raises(UserError, match=r"no text in data.train_files .*00.jsonl.*'another set': 61.*\['Books3'\]"):
+        rows.ensure_prepared(tiny.replace(pile_config, data={"pile_sets": ("Books3",)}))
 
 
 def test_synthetic_rows_know_their_entropy(tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from biomedlm_jax import checkpoint, metrics, model, rows
+from biomedlm_jax import checkpoint, files, metrics, model, rows
 from biomedlm_jax import config as config_lib
 from biomedlm_jax import train as train_lib
 from biomedlm_jax.config import Config
@@ -206,6 +206,17 @@ def test_mistakes_are_one_line_and_lose_nothing(straight, prepared, tmp_path):
     with pytest.raises(UserError, match="run.dir is not set"):
         train_lib.train(make_config(prepared, ""))
     assert sorted((path, path.stat().st_mtime_ns) for path in run_dir.rglob("*")) == before
+
+
+def test_a_run_has_one_process(prepared, tmp_path):
+    config = make_config(prepared, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    with (
+        files.lock(tmp_path / "run" / ".lock", lambda: None),
+        pytest.raises(UserError, match=f"{config.run.dir} is in use by another process"),
+    ):
+        train_lib.train(config)
+    assert os.listdir(tmp_path / "run") == [".lock"]
 
 
 def test_a_finished_run_says_so(straight, prepared, caplog):
