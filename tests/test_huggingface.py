@@ -442,15 +442,16 @@ def test_an_export_is_complete_or_not_there(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="already exists and is not empty"):
         huggingface.export(tmp_path / "run", tmp_path / "out")
     (tmp_path / "out" / "precious").unlink()
-    # What a killed export left.
+    # Somebody's, whatever its name.
     (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "model-00009-of-00009.safetensors").touch()
+    (tmp_path / "out.partial" / "thesis.txt").touch()
     with monkeypatch.context() as patch:
         patch.setattr(huggingface, "_write_configs", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             huggingface.export(tmp_path / "run", tmp_path / "out")
-    assert not list((tmp_path / "out").iterdir()) and not (tmp_path / "out.partial").exists()
-    huggingface.export(tmp_path / "run", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out", "out.partial", "run"]
+    assert not list((tmp_path / "out").iterdir()) and (tmp_path / "out.partial" / "thesis.txt").exists()
+    huggingface.export(tmp_path / "hf" / ".." / "run", tmp_path / "hf" / ".." / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "config.json",
         "generation_config.json",
