@@ -115,6 +115,7 @@ def _run(config: Config, mesh: Any, checkpointer: Any, received: list[int]) -> i
             record.trained(done, values)
             last = done == config.train.steps
             if last or (config.train.eval_every and done % config.train.eval_every == 0):
+                record.check()  # before the evaluation, whose time is not the step's
                 record.evaluated(done, evaluator(state.params, received))
             stop = bool(received) and not last
             if last or stop or done % config.train.checkpoint_every == 0:

@@ -14,6 +14,7 @@ import tiny
 
 from biomedlm_jax import checkpoint, files, metrics, model, rows
 from biomedlm_jax import config as config_lib
+from biomedlm_jax import step as step_lib
 from biomedlm_jax import train as train_lib
 from biomedlm_jax.config import Config
 from biomedlm_jax.errors import UserError
@@ -217,6 +218,20 @@ def test_a_run_has_one_process(prepared, tmp_path):
     ):
         train_lib.train(config)
     assert os.listdir(tmp_path / "run") == [".lock"]
+
+
+def test_numbers_of_a_step_are_read_before_its_evaluation(prepared, tmp_path, monkeypatch):
+    """Otherwise the evaluation would count in the step's throughput."""
+    config = make_config(prepared, tmp_path / "run", train={"steps": 4, "eval_every": 2})
+    held_out_loss, seen = step_lib.held_out_loss, []
+
+    def spy(*args, **kwargs):
+        seen.append(max(losses(config.run.dir), default=0))
+        return held_out_loss(*args, **kwargs)
+
+    monkeypatch.setattr(step_lib, "held_out_loss", spy)
+    assert train_lib.train(config) == 0
+    assert seen == [0, 2, 4]
 
 
 def test_a_finished_run_says_so(straight, prepared, caplog):
