@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 
 from biomedlm_jax import config as config_lib
 from biomedlm_jax.config import ModelConfig, TrainConfig
-from biomedlm_jax.errors import UserError
+from biomedlm_jax.errors import UserError, reason
 from biomedlm_jax.model import Params, init_params
 from biomedlm_jax.step import TrainState
 
@@ -207,11 +207,3 @@ def _explained(folder: Path) -> Iterator[None]:
         raise UserError(
             f"cannot read the checkpoint {folder} ({reason(error)}); if an older step is whole, move this one away"
         ) from error
-
-
-def reason(error: BaseException) -> str:
-    """What went wrong in one line. Orbax raises bare Exceptions of many lines, and its storage its own types."""
-    while error.__cause__:
-        error = error.__cause__
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0].split(" [tensorstore_spec")[0]
-    return "no space left on device" if "No space left on device" in line else line

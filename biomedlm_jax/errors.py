@@ -17,6 +17,14 @@ class UserError(Exception):
     """A mistake in the request or its input; the message says what is wrong, where, and what to do."""
 
 
+def reason(error: BaseException) -> str:
+    """What went wrong at the bottom, in one line: Orbax, TensorStore and TFDS raise many lines of many types."""
+    while error.__cause__:
+        error = error.__cause__
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0].split(" [tensorstore_spec")[0]
+    return "no space left on device" if "No space left on device" in line else line
+
+
 class _AboveProgressBars(logging.Handler):
     """Writes messages to standard error without tearing a progress bar apart."""
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from biomedlm_jax import checkpoint, model, tokenizer, weights
 from biomedlm_jax.config import Config, ModelConfig, load_config, save_config
-from biomedlm_jax.errors import UserError
+from biomedlm_jax.errors import UserError, reason
 from biomedlm_jax.files import complete_folder
 from biomedlm_jax.model import Params
 from biomedlm_jax.weights import Dtype, Entry, Format
@@ -426,7 +426,7 @@ def _open_arrays(folder: Path) -> dict[str, tensorstore.TensorStore]:
         return {path: tensorstore.open(spec).result() for path, spec in specs.items()}
     except ValueError as error:
         raise UserError(
-            f"cannot read the checkpoint {folder} ({checkpoint.reason(error)}); if an older step is whole, name it"
+            f"cannot read the checkpoint {folder} ({reason(error)}); if an older step is whole, name it"
         ) from error
 
 

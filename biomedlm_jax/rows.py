@@ -31,7 +31,7 @@ from tqdm import tqdm
 from biomedlm_jax import corpus, synthetic
 from biomedlm_jax.config import Config, as_paths
 from biomedlm_jax.corpus import Document, ReadReport
-from biomedlm_jax.errors import UserError
+from biomedlm_jax.errors import UserError, reason
 from biomedlm_jax.files import complete_folder, lock
 from biomedlm_jax.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
@@ -164,8 +164,7 @@ def open_rows(folder: Path, split: str) -> Rows | None:
         for row in {0, *ends - 1, *ends[:-1]}:
             source[int(row)]
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder / 'rows'} cannot be read ({reason}): {_PREPARE_AGAIN}") from error
+        raise UserError(f"{folder / 'rows'} cannot be read ({reason(error)}): {_PREPARE_AGAIN}") from error
     if len(source) != counts["rows"]:
         raise UserError(
             f"{folder / 'rows'} has {len(source)} rows of {split}, its manifest says {counts['rows']}: {_PREPARE_AGAIN}"
