@@ -99,9 +99,12 @@ class Chain:
 
     def __init__(self, step: Callable[[Any, Any], Any], fixed: list[Any], moving: list[Any], loop: Loop):
         import jax
+        import jax.numpy as jnp
 
         self.fixed, self.moving, self.loop = fixed, moving, loop
-        self.outputs = [jax.jit(step)(f, m) for f, m in zip(fixed, moving, strict=True)]
+        self.step = jax.jit(step)
+        results = [jax.eval_shape(step, f, m) for f, m in zip(fixed, moving, strict=True)]
+        self.outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), results)
         begin = time.perf_counter()
         program = jax.jit(functools.partial(_chain, step, loop.rounds), donate_argnums=(1, 2))
         self.program = program.lower(fixed, self.moving, self.outputs).compile()
@@ -145,6 +148,10 @@ def feed(moving: Any, outputs: Any) -> Any:
 
 # Correctness.
 
+MAX_ERROR = 1e-2
+# Calls on the same inputs that must agree in every bit.
+RACE_CALLS = 10
+
 
 def fill_memory_with_nan(like: list[Any], copies: int = 3) -> None:
     """Leaves nan where the allocator will put the next arrays of these sizes: what a kernel does not write shows."""
@@ -160,6 +167,17 @@ def relative_error(x: Any, reference: Any) -> float:
     import jax.numpy as jnp
 
     return float(jnp.linalg.norm((x.astype(jnp.float32) - reference).ravel()) / jnp.linalg.norm(reference.ravel()))
+
+
+def equal_bits(x: Any, y: Any) -> bool:
+    """Of all arrays of two trees; nan equals itself."""
+    import jax
+
+    def bits(array: Any) -> Any:
+        return jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
+
+    pairs = zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
+    return all(bool((bits(a) == bits(b)).all()) for a, b in pairs)
 
 
 def reference_rows(batch: int) -> list[int]:
@@ -187,7 +205,11 @@ def reference_gradients(qkv: Any, d_out: Any, scale: float) -> dict[str, Any]:
 
 
 class Died(Exception):
-    """The process ended, or was killed for taking too long, before it had done its work."""
+    """The process ended before it had done its work."""
+
+
+class TimedOut(Died):
+    """It was killed for taking too long."""
 
 
 class Worker:
@@ -200,7 +222,8 @@ class Worker:
         """What the generator `function(*args)` yields, as it comes.
 
         Raises:
-          Died: not done within `limit_s` seconds, or crashed.
+          Died: the process crashed.
+          TimedOut: it was not done within `limit_s` seconds.
           RuntimeError: the function raised an exception; says which.
         """
         if self._process is None:
@@ -214,7 +237,7 @@ class Worker:
             self._connection.send((function, args))
             while True:
                 if not self._connection.poll(max(0.0, deadline - time.monotonic())):
-                    raise Died(f"timed out: killed after {limit_s:.0f} s")
+                    raise TimedOut(f"killed after {limit_s:.0f} s")
                 kind, value = self._connection.recv()
                 if kind == "done":
                     return
@@ -229,6 +252,11 @@ class Worker:
         except (Died, GeneratorExit, KeyboardInterrupt):
             self.close()
             raise
+
+    def call(self, function: Callable[..., Iterator[Any]], *args: Any, limit_s: float) -> Any:
+        """The one value of a generator."""
+        [value] = self.run(function, *args, limit_s=limit_s)
+        return value
 
     def close(self) -> None:
         if self._process is not None:
@@ -289,7 +317,7 @@ def machine(device: str) -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
     commit = ""
     with contextlib.suppress(OSError):
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return {
         "device": device,
