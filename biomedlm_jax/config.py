@@ -59,13 +59,14 @@ class ModelConfig:
     embd_pdrop: float = 0.0
     """Dropout rate after the embeddings."""
     attn_pdrop: float = 0.0
-    """Dropout rate of attention probabilities; only attention: reference has it."""
+    """Dropout rate of attention probabilities; only attention: reference has it, and auto takes that then."""
     resid_pdrop: float = 0.0
     """Dropout rate of what each block adds to the residual stream."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of activations and of matrix products; parameters and optimizer state are float32."""
-    attention: Literal["auto", "cudnn", "reference"] = "auto"
-    """Attention implementation; auto takes the fastest that fits the device and the shapes, and logs it."""
+    attention: Literal["auto", "flash", "cudnn", "reference"] = "auto"
+    """Attention implementation; auto takes the first of flash (our kernels), cudnn and reference (O(n_positions^2)
+    memory) that serves the device and the shapes, and logs it."""
     remat: Literal["none", "matmuls", "full"] = "none"
     """What the backward pass recomputes of a block: nothing, all but matrix products, or everything."""
     unroll: int = 1
@@ -83,6 +84,11 @@ class ModelConfig:
         )
         for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
             _require(0 <= getattr(self, name) < 1, f"model.{name} must be in [0, 1), not {getattr(self, name)}")
+        _require(
+            not self.attn_pdrop or self.attention in ("auto", "reference"),
+            f"model.attention: {self.attention} has no dropout of attention probabilities (model.attn_pdrop: "
+            f"{self.attn_pdrop}); choose auto or reference",
+        )
 
     @property
     def dropout(self) -> bool:

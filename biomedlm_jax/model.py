@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from biomedlm_jax.attention import causal_attention, dropout
 from biomedlm_jax.config import ModelConfig
+from biomedlm_jax.kernels.flash_attention import CHECKPOINT_NAME
 from biomedlm_jax.loss import head_logits
 from biomedlm_jax.sharding import constrain_rows
 
@@ -119,7 +120,11 @@ class Block(nnx.Module):
 # What the backward pass recomputes of a block; None saves everything.
 REMAT_POLICIES = {
     "none": None,
-    "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # To the policy, a kernel is no matrix product: its result, and what its backward pass needs, are saved by name.
+    "matmuls": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

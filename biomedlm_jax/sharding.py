@@ -78,9 +78,22 @@ def constrain_rows(x: Shaped[Array, "batch *rest"]) -> Shaped[Array, "batch *res
 
     Left alone, the compiler may split activations like the parameters that they meet, and exchange those instead.
     """
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, BATCH_SPEC)
+    spec = rows_spec(x.shape[0])
+    return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
+
+
+def rows_spec(rows: int) -> P | None:
+    """How so many rows lie on the mesh set by `jax.set_mesh`; None without one, and inside a `shard_map` over it.
+
+    Raises:
+      UserError: they do not divide over its devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or set(mesh.manual_axes) & set(BATCH_SPEC[0]):
+        return None
+    if rows % mesh.size:
+        raise UserError(f"a batch of {rows} rows does not divide over the {mesh.size} devices of the mesh")
+    return BATCH_SPEC
 
 
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:

@@ -28,8 +28,8 @@ from biomedlm_jax.kernels.documents import Documents, documents
 
 Backend = Literal["triton", "mosaic_gpu", "mosaic_tpu"]
 
-# In order of preference where several serve a device.
-BACKENDS: tuple[Backend, ...] = ("mosaic_gpu", "triton", "mosaic_tpu")
+# The platform of each, in order of preference.
+BACKENDS: dict[Backend, str] = {"mosaic_gpu": "gpu", "triton": "gpu", "mosaic_tpu": "tpu"}
 
 MAX_SEQ = 16_384
 
@@ -72,17 +72,13 @@ def flash_attention(
     Raises:
       UserError: no kernel, or not the one asked for, takes these arguments; says which limit was passed.
     """
-    _check_shape(qkv)
     scale = _check_scale(scale)
-    if segment_ids is not None and (
-        segment_ids.shape != qkv.shape[:2] or not jnp.issubdtype(segment_ids.dtype, jnp.integer)
-    ):
-        raise UserError(
-            f"flash attention: segment_ids must be integers of shape {qkv.shape[:2]}, not {segment_ids.dtype} of "
-            f"shape {segment_ids.shape}"
-        )
+    if segment_ids is not None:
+        _check_segment_ids(segment_ids, qkv)
     device = current_device()
     backend = choose_backend(qkv, device, backend, bool(interpret))
+    if blocks is not None and not isinstance(blocks, _module(backend).Blocks):
+        raise UserError(f"flash attention: blocks of the {backend} kernel are {backend}.Blocks, not {blocks}")
     if blocks is None:
         blocks = block_sizes.lookup(backend, device.kind, qkv.shape, qkv.dtype)
     bounds = None if segment_ids is None else documents(segment_ids)
@@ -95,22 +91,26 @@ def choose_backend(qkv: Any, device: Device, backend: Backend | None = None, int
     Raises:
       UserError: there is none; says which limits were passed.
     """
-    limits = {}
-    for name in BACKENDS if backend is None else (backend,):
+    _check_shape(qkv)
+    if backend is not None and backend not in BACKENDS:
+        raise UserError(f"flash attention: the kernels are {', '.join(BACKENDS)}, not {backend}")
+    there = [name for name, platform in BACKENDS.items() if interpreted or platform == device.platform]
+    limits = []
+    for name in there if backend is None else [backend]:
         module = _module(name)
-        limits[name] = ("" if interpreted else module.device_limit(device)) or module.limit(qkv)
-        if not limits[name]:
+        unserved = "" if interpreted else module.device_limit(device)
+        limit = unserved or module.limit(qkv)
+        if not limit:
             return name
-    # What a kernel for another kind of device would say of the array does not matter.
-    there = {name: limit for name, limit in limits.items() if interpreted or not _module(name).device_limit(device)}
-    if not there and backend is None:
+        # What a kernel for another kind of device would say of the array does not matter.
+        if backend is not None or not unserved:
+            limits.append(f"the {name} kernel {limit}")
+    if not limits:
         raise UserError(
-            f"flash attention runs on NVIDIA GPUs from Ampere (compute capability 8.0) on and on TPUs from v4 on, and "
+            "flash attention runs on NVIDIA GPUs from Ampere (compute capability 8.0) on and on TPUs from v4 on, and "
             f"this is {device.kind}"
         )
-    raise UserError(
-        "flash attention: " + "; ".join(f"the {name} kernel {limit}" for name, limit in (there or limits).items())
-    )
+    raise UserError(f"flash attention: {'; '.join(limits)}")
 
 
 def _check_shape(qkv: Any) -> None:
@@ -123,11 +123,19 @@ def _check_shape(qkv: Any) -> None:
 
 
 def _check_scale(scale: Any) -> Float[Array, ""]:
-    if not isinstance(scale, jax.core.Tracer) and (jnp.ndim(scale) or not math.isfinite(scale)):
+    real = any(jnp.issubdtype(jnp.result_type(scale), kind) for kind in (jnp.floating, jnp.integer))
+    if not real or jnp.shape(scale) or not (isinstance(scale, jax.core.Tracer) or math.isfinite(scale)):
         raise UserError(f"flash attention: scale must be one finite number, not {scale}")
-    if jnp.ndim(scale):
-        raise UserError(f"flash attention: scale must be one number, not an array of shape {jnp.shape(scale)}")
     return jnp.asarray(scale, jnp.float32)
+
+
+def _check_segment_ids(segment_ids: Any, qkv: Any) -> None:
+    shape, dtype = jnp.shape(segment_ids), jnp.result_type(segment_ids)
+    if shape != qkv.shape[:2] or not jnp.issubdtype(dtype, jnp.integer):
+        raise UserError(
+            f"flash attention: segment_ids must be integers of shape {list(qkv.shape[:2])}, not {dtype} of shape "
+            f"{list(shape)}"
+        )
 
 
 def _module(backend: Backend) -> Any:
