@@ -102,11 +102,11 @@ class Chain:
         import jax.numpy as jnp
 
         self.fixed, self.moving, self.loop = fixed, moving, loop
-        self.step = jax.jit(step)
+        self.step = jax.jit(step)  # so that it is traced once for all sets
         results = [jax.eval_shape(step, f, m) for f, m in zip(fixed, moving, strict=True)]
         self.outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), results)
         begin = time.perf_counter()
-        program = jax.jit(functools.partial(_chain, step, loop.rounds), donate_argnums=(1, 2))
+        program = jax.jit(functools.partial(_chain, self.step, loop.rounds), donate_argnums=(1, 2))
         self.program = program.lower(fixed, self.moving, self.outputs).compile()
         self.compile_s = round(time.perf_counter() - begin, 2)
 
