@@ -33,6 +33,10 @@ _LOG2_E = math.log2(math.e)
 _MASKED = -1e30
 
 
+# What the backward pass may use of the fast memory: more than the default, for a whole row of dq in float32.
+_VMEM = 32 * 2**20
+
+
 @dataclasses.dataclass(frozen=True)
 class Blocks:
     """Queries and keys of a block, in multiples of 128."""
@@ -45,8 +49,10 @@ class Blocks:
 
 def default_blocks(shape: tuple[int, ...], dtype: Any) -> Blocks:
     """Blocks of 512, and no longer than the row."""
-    size = min(512, pl.cdiv(shape[1], _LANES) * _LANES)
-    return Blocks(size, size, size, size)
+    # In float32, two heads of 512 and a row of 16,384 exceed the 16 MB of a TPU v4.
+    row = pl.cdiv(shape[1], _LANES) * _LANES
+    size, backward = min(512, row), min(256 if dtype == jnp.float32 else 512, row)
+    return Blocks(size, size, backward, backward)
 
 
 def device_limit(device: Device) -> str:
@@ -83,19 +89,21 @@ class _Call(NamedTuple):
         """Blocks of a row."""
         return pl.cdiv(self.seq, size)
 
-    def first_q(self, k_block: Any) -> Any:
-        """The first block of queries with one at or past the first key of a block."""
-        return k_block * self.k_size // self.q_size
-
-    def last_k(self, q_block: Any) -> Any:
-        """The last block of keys with one at or before the last query of a block."""
-        return (jnp.minimum((q_block + 1) * self.q_size, self.seq) - 1) // self.k_size
-
     def pairs(self, by_k: bool) -> Int[np.ndarray, "2 pairs"]:
         """All pairs of a block of queries and one of keys on or below the diagonal, by the one or by the other."""
-        blocks = (range(self.count(self.q_size)), range(self.count(self.k_size)))
-        pairs = [(i, j) for i in blocks[0] for j in blocks[1] if i >= self.first_q(j)]
-        return np.array(sorted(pairs, key=lambda pair: pair[::-1]) if by_k else pairs, np.int32).T
+        i, j = np.indices((self.count(self.q_size), self.count(self.k_size)), np.int32)
+        if by_k:
+            i, j = i.T, j.T
+        visited = j * self.k_size < (i + 1) * self.q_size
+        return np.stack([i[visited], j[visited]])
+
+    def is_first(self, q_block: Any, k_block: Any) -> Any:
+        """Whether no block of queries before this one is paired with the block of keys."""
+        return q_block * self.q_size <= k_block * self.k_size
+
+    def is_last(self, q_block: Any, k_block: Any) -> Any:
+        """Whether no block of keys after this one is paired with the block of queries."""
+        return (k_block + 1) * self.k_size >= jnp.minimum((q_block + 1) * self.q_size, self.seq)
 
     def below(self, q_block: Any, k_block: Any) -> Any:
         """Whether all keys of a block come before all queries of the other."""
@@ -108,7 +116,11 @@ class _Call(NamedTuple):
 
     def own(self, x: Array, head: int) -> Array:
         """The columns of one head, and zeros in the other's."""
-        return x if self.heads == 1 else jnp.where(_iota(x.shape, 1) // self.head_dim == head, x, 0)
+        if self.heads == 1:
+            return x
+        # Selected in float32: of bfloat16, the compiler cannot where a row has one or two positions.
+        mine = (_iota(x.shape, 1) < self.head_dim) == (head == 0)
+        return jnp.where(mine, x.astype(jnp.float32), 0).astype(x.dtype)
 
     def spread(self, values: list[Array]) -> Array:
         """For each column the value of its head; from each head's values, repeated over all columns."""
@@ -219,7 +231,7 @@ def forward(
         pl.when(needed & whole)(lambda: step(masked=False))
         pl.when(needed & ~whole)(lambda: step(masked=True))
 
-        @pl.when(j == call.last_k(i))
+        @pl.when(call.is_last(i, j))
         def _finish() -> None:
             out[0] = (sums[...] / call.spread([total[head] for head in range(call.heads)])).astype(out.dtype)
             for head in range(call.heads):
@@ -237,7 +249,8 @@ def forward(
                 pl.BlockSpec(block, of_queries),
                 pl.BlockSpec(key_block, functools.partial(of_keys, 1)),
                 pl.BlockSpec(key_block, functools.partial(of_keys, 2)),
-                documents and pl.BlockSpec((1, 1, call.k_size), lambda c, b, t, *tables: (b, 0, k_block(b, t, *tables))),
+                documents
+                and pl.BlockSpec((1, 1, call.k_size), lambda c, b, t, *tables: (b, 0, k_block(b, t, *tables))),
             ],
             out_specs=[
                 pl.BlockSpec(block, of_queries),
@@ -321,8 +334,8 @@ def backward(
                 action(pltpu.make_async_copy(ready.at[pl.ds(0, length)], target, copied.at[part]))
 
             rest = rows - (count - 1) * size
-            if rest == size:
-                copy(size)
+            if count == 1 or rest == size:
+                copy(rest)
             else:
                 pl.when(block < count - 1)(lambda: copy(size))
                 pl.when(block == count - 1)(lambda: copy(rest))
@@ -345,7 +358,7 @@ def backward(
                 own = both[head * head_dim : (head + 1) * head_dim]
                 delta[i, head] = jnp.sum(own, axis=0)
 
-        @pl.when(i == call.first_q(j))
+        @pl.when(call.is_first(i, j))
         def _start_k() -> None:
             d_k[...] = jnp.zeros_like(d_k)
             d_v[...] = jnp.zeros_like(d_v)
@@ -385,13 +398,17 @@ def backward(
             write(1, d_kv_ready.at[0], k_count, j, d_k[...] * scale[0])
             write(2, d_kv_ready.at[1], k_count, j, d_v[...])
 
-        @pl.when(j == call.last_k(i))
+        @pl.when(call.is_last(i, j))
         def _finish_q() -> None:
             write(0, d_q_ready, q_count, i, d_q[i] * scale[0])
 
         @pl.when((b == batch - 1) & (t == pairs.shape[1] - 1))
         def _wait() -> None:
-            for part, ready, count in ((0, d_q_ready, q_count), (1, d_kv_ready.at[0], k_count), (2, d_kv_ready.at[1], k_count)):
+            for part, ready, count in (
+                (0, d_q_ready, q_count),
+                (1, d_kv_ready.at[0], k_count),
+                (2, d_kv_ready.at[1], k_count),
+            ):
                 copies(part, ready, count, count - 1, lambda copy: copy.wait())
 
     block = (1, call.q_size, _LANES)
@@ -426,7 +443,9 @@ def backward(
         ),
         out_shape=jax.ShapeDtypeStruct((batch, rows, packed.shape[2]), qkv.dtype),
         # Rows of a batch are in order because the copies of one end under the next one's products.
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=_VMEM
+        ),
         interpret=interpret,
         name="flash_attention_backward",
     )(
