@@ -34,7 +34,7 @@ from biomedlm_jax.kernels import block_sizes
 
 # Values to try for the fields of a kernel's `Blocks`, by the last word of their names.
 VALUES: dict[str, dict[str, tuple[int, ...]]] = {
-    "triton": {"q": (64, 128), "k": (32, 64, 128), "warps": (4, 8), "stages": (2, 3)},
+    "triton": {"q": (64, 128), "k": (32, 64), "warps": (4, 8), "stages": (2, 3)},
     "mosaic_gpu": {"keys": (64, 128), "queries": (64, 128), "stages": (2, 3, 4), "pong": (0, 1)},
     "mosaic_tpu": {"q": (256, 512, 1024), "k": (256, 512, 1024)},
 }

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from biomedlm_jax.kernels import reference
+from biomedlm_jax.kernels import block_sizes, reference
 from biomedlm_jax.kernels.flash_attention import BACKENDS
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -151,6 +151,31 @@ def test_the_gate_stops_a_contestant_that_is(attend, reason):
     assert reason in gate["reason"]
 
 
+def test_what_fails_the_gate_is_not_timed(monkeypatch):
+    wrong = attention.Contestant(lambda scale, qkv: plain(0.125, qkv), packed=True)
+    monkeypatch.setattr(attention, "jax_contestant", lambda name, interpret: wrong)
+    [row] = attention.run_jax("ours", [SHAPE], attention.SMALL, {})
+    assert (row["pass"], row["status"]) == ("gate", "failed")
+
+
+def test_pytorch_is_checked_and_timed_alike(monkeypatch):
+    pytest.importorskip("torch")
+    rows = list(attention.run_torch("torch-math", [SHAPE], attention.SMALL, {}))
+    assert [row["pass"] for row in rows] == ["gate", *attention.PASSES]
+    assert all(0 < error < 1e-2 for errors in rows[0]["errors"].values() for error in errors.values())
+    assert all(row["status"] == "ok" and row["ms"] > 0 for row in rows[1:])
+
+    right = attention._torch_attend
+    # The float32 reference goes the same way: leave it right.
+    monkeypatch.setattr(
+        attention,
+        "_torch_attend",
+        lambda name, scale, q, k, v: right(name, scale, q, k, v * (1.1 if q.itemsize == 2 else 1)),
+    )
+    [row] = attention.run_torch("torch-math", [SHAPE], attention.SMALL, {})
+    assert (row["pass"], row["status"]) == ("gate", "failed")
+
+
 def test_errors_are_also_bounded_by_those_of_cudnn():
     errors = {"1": {"out": 3e-3}}
     assert attention.failures(errors, None, True) == []
@@ -268,6 +293,37 @@ def test_the_default_stays_unless_another_is_faster_by_more_than_noise():
     assert tune_attention.winner(rows(1.0, 0.9, 0.8)) == 2
     assert tune_attention.winner(rows(None, 1.0)) == 1
     assert tune_attention.winner(rows(None, None)) is None
+
+
+def pretend(backend, shape, kernel, base, candidate, loop, interpret) -> Iterator[dict]:
+    if candidate == {"dq_q": 128, "dq_k": 64, "dq_warps": 8, "dq_stages": 3}:
+        os._exit(9)
+    # Small blocks are fast, once the forward pass is tuned.
+    early = kernel != "forward" and base.forward_k != 32
+    yield {"status": "ok", "ms": float(sum(candidate.values())) + 1000 * early, "errors": {}}
+
+
+def test_winners_are_stored_for_the_kernel_to_find(worker, monkeypatch, tmp_path):
+    monkeypatch.setattr(tune_attention, "measure", pretend)
+    monkeypatch.setattr(block_sizes, "FILE", block_sizes.FILE)  # restores it
+    package_table = block_sizes.FILE.read_text()
+    shape, end = timing.Shape(2, 1024, 4, 64), time.monotonic() + 300
+    try:
+        tune_attention.tune(worker, ["triton"], (shape,), timing.SMALL_LOOP, False, tmp_path, 60, end)
+        found = block_sizes.lookup("triton", "cpu", (2, 1024, 12, 64), "bfloat16")
+    finally:
+        block_sizes._table.cache_clear()
+    default = importlib.import_module("biomedlm_jax.kernels.triton").default_blocks((2, 1024, 12, 64), "bfloat16")
+    assert found != default
+    for candidates in tune_attention.groups("triton", default).values():
+        best = min(candidates, key=lambda candidate: sum(candidate.values()))
+        assert {name: getattr(found, name) for name in best} == best
+    report = json.loads((tmp_path / "tune_attention_cpu.json").read_text())
+    [winner] = report["winners"]
+    assert winner["blocks"] == dataclasses.asdict(found)
+    assert {row["status"] for row in report["rows"] if row["kernel"] == "dq"} == {"ok", "died"}
+    assert max(row["ms"] for row in report["rows"] if "ms" in row) < 1000
+    assert (BENCHMARKS.parent / "biomedlm_jax/kernels/block_sizes.json").read_text() == package_table
 
 
 @pytest.mark.parametrize("kernel", ["forward", "dkv"])
