@@ -410,7 +410,7 @@ def table(report: dict[str, Any]) -> str:
         name = row["contestant"] + (" (2)" if row["run"] == 2 else "")
         lines.append(f"{shape!s:>16} {row['pass']:>9} {name:>12} {numbers}")
     for contestant in report["contestants"]:
-        if contestant["status"] != "ok":
+        if contestant["status"] != "finished":
             lines.append(f"{contestant['name']}: {contestant['status']}: {contestant['reason']}")
     if report["drift"] is not None:
         lines.append(f"drift of {report['contestants'][0]['name']} between its two runs: at most {report['drift']:.1%}")
@@ -516,7 +516,7 @@ def run(names: Any, shapes: Any, settings: Settings, out: Path, budget_s: float,
                         f"{row['ms']:.3f} ms" if "ms" in row else "",
                         file=sys.stderr,
                     )
-                entry["status"] = "ok"
+                entry["status"] = "finished"
             except (Died, RuntimeError) as error:
                 entry.update(status="timed out" if isinstance(error, TimedOut) else "failed", reason=str(error))
         entry.update(seconds=round(time.monotonic() - begin, 1), clocks_after=timing.clocks())

@@ -210,7 +210,7 @@ def test_the_command_times_what_passes_and_records_what_fails(tmp_path, subproce
     assert report["versions"]["jax"] == jax.__version__
     assert report["matmul"]["tflops"] > 0
     ran = [(c["name"], c["run"], c["status"]) for c in report["contestants"]]
-    assert ran == [("xla", 1, "ok"), ("cudnn", 1, "ok"), ("xla", 2, "ok")]
+    assert ran == [("xla", 1, "finished"), ("cudnn", 1, "finished"), ("xla", 2, "finished")]
 
     def rows(contestant, run):
         return {row["pass"]: row for row in report["rows"] if (row["contestant"], row["run"]) == (contestant, run)}
@@ -239,8 +239,9 @@ def test_the_rest_goes_on_after_a_crash_and_knows_the_errors_of_cudnn(monkeypatc
     monkeypatch.setattr(attention, "run_jax", crash_or_pass)
     arguments = (attention.SMALL, tmp_path, 300, 100)
     report = attention.run(("cudnn", "ours", "xla"), (SHAPE,), *arguments)
+    done = ("finished", None)
     outcomes = [(entry["status"], entry.get("reason")) for entry in report["contestants"]]
-    assert outcomes == [("ok", None), ("failed", "crashed with exit status 9"), ("ok", None), ("ok", None)]
+    assert outcomes == [done, ("failed", "crashed with exit status 9"), done, done]
     assert [row["errors"] for row in report["rows"]] == [[], *[[str(SHAPE)]] * 3]  # cuDNN itself has none to keep to
     assert "ours: failed: crashed" in attention.table(report)
 
