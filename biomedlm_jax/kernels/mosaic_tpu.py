@@ -114,17 +114,13 @@ class _Call(NamedTuple):
         size = x.shape[axis]
         return jnp.where(block * size + _iota(x.shape, axis) < self.seq, x, 0) if self.seq % size else x
 
-    def own(self, x: Array, head: int) -> Array:
-        """The columns of one head, and zeros in the other's."""
+    def own(self, x: Array, head: int, other: int = 0) -> Array:
+        """The columns of one head, and `other` in those of the other one."""
         if self.heads == 1:
             return x
         # Selected in float32: of bfloat16, the compiler cannot where a row has one or two positions.
         mine = (_iota(x.shape, 1) < self.head_dim) == (head == 0)
-        return jnp.where(mine, x.astype(jnp.float32), 0).astype(x.dtype)
-
-    def spread(self, values: list[Array]) -> Array:
-        """For each column the value of its head; from each head's values, repeated over all columns."""
-        return functools.reduce(lambda x, y: jnp.where(_iota(x.shape, 1) < self.head_dim, x, y), values)
+        return jnp.where(mine, x.astype(jnp.float32), other).astype(x.dtype)
 
     def dot(self, x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
         """Product over the given axes, summed in float32."""
@@ -211,18 +207,17 @@ def forward(
                 allowed = j * call.k_size + _iota(shape, 1) <= queries
                 if ends is not None:
                     allowed &= queries < ends[0]
-            shrink, added = [], []
             for head in range(call.heads):
                 scores = call.dot(call.own(q[0], head), k[0], 1, 1) * (scale[0] * _LOG2_E)
                 if masked:
                     scores = jnp.where(allowed, scores, _MASKED)
                 new_top = jnp.maximum(top[head], jnp.max(scores, axis=1, keepdims=True))
                 p = jnp.exp2(scores - jnp.tile(new_top, (1, call.k_size // _LANES)))
-                shrink.append(jnp.exp2(top[head] - new_top))
-                total[head] = total[head] * shrink[-1] + jnp.sum(p, axis=1, keepdims=True)
+                shrink = jnp.exp2(top[head] - new_top)
+                total[head] = total[head] * shrink + jnp.sum(p, axis=1, keepdims=True)
                 top[head] = new_top
-                added.append(call.dot(p.astype(call.dtype), call.own(values, head), 1, 0))
-            sums[...] = sums[...] * call.spread(shrink) + sum(added)
+                sums[...] *= call.own(shrink, head, other=1)
+                sums[...] += call.dot(p.astype(call.dtype), call.own(values, head), 1, 0)
 
         needed, whole = j >= 0, call.below(i, j)
         if tables is not None:
@@ -233,7 +228,8 @@ def forward(
 
         @pl.when(call.is_last(i, j))
         def _finish() -> None:
-            out[0] = (sums[...] / call.spread([total[head] for head in range(call.heads)])).astype(out.dtype)
+            totals = sum(call.own(total[head], head) for head in range(call.heads))
+            out[0] = (sums[...] / totals).astype(out.dtype)
             for head in range(call.heads):
                 lse[0, 0, head] = (top[head] + jnp.log2(total[head])).T[0]
 
@@ -428,7 +424,8 @@ def backward(
                 pl.BlockSpec(
                     (1, 1, call.heads, call.q_size), lambda c, b, t, *tables: (b, c, 0, q_block(b, t, *tables))
                 ),
-                documents and pl.BlockSpec((1, 1, call.q_size), lambda c, b, t, *tables: (b, 0, q_block(b, t, *tables))),
+                documents
+                and pl.BlockSpec((1, 1, call.q_size), lambda c, b, t, *tables: (b, 0, q_block(b, t, *tables))),
             ],
             out_specs=pl.BlockSpec(memory_space=pltpu.HBM),
             scratch_shapes=[
