@@ -1,0 +1,228 @@
+"""Compiles for GPUs and TPUs on a machine that has neither, with the real compilers.
+
+XLA's GPU compiler, Triton and Mosaic GPU are in jax's CUDA plugin, ptxas and nvdisasm in wheels of NVIDIA's, and XLA's
+TPU compiler with Mosaic TPU in libtpu's; docs/training.md says how to install them. As a command, it prints what the
+attention kernels were compiled to:
+
+    python tests/absent_hardware.py [TARGET ...]
+"""
+
+import dataclasses
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu: look for no TPU host
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # and share the compiler with other processes
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from biomedlm_jax import sharding
+from biomedlm_jax.config import MeshConfig
+from biomedlm_jax.kernels.flash_attention import flash_attention
+
+# What XLA asks of a GPU, by its field names. From the data sheets and CUDA's tables of compute capabilities.
+_GPU = """
+gpu_device_info {{
+  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
+  shared_memory_per_block: 49152  shared_memory_per_block_optin: {shared}  shared_memory_per_core: {shared_core}
+  core_count: {cores}  fpus_per_core: {fpus}  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth}  l2_cache_size: {l2}  clock_rate_ghz: {clock}  device_memory_size: {memory}
+  cuda_compute_capability {{ major: {major} minor: 0 }}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+runtime_version {{ major: 13 minor: 0 }}
+device_description_str: "{kind}"
+"""
+_AMPERE = {"major": 8, "cores": 108, "fpus": 64, "clock": 1.41, "shared": 166_912, "shared_core": 167_936}
+_HOPPER = {"major": 9, "cores": 132, "fpus": 128, "clock": 1.98, "shared": 232_448, "shared_core": 233_472}
+GPUS: dict[str, dict[str, Any]] = {
+    "a100-40gb": _AMPERE
+    | {"kind": "NVIDIA A100-SXM4-40GB", "memory": 42 * 10**9, "bandwidth": 1_555 * 10**9, "l2": 40 << 20},
+    "a100-80gb": _AMPERE
+    | {"kind": "NVIDIA A100-SXM4-80GB", "memory": 84 * 10**9, "bandwidth": 2_039 * 10**9, "l2": 40 << 20},
+    "h100": _HOPPER
+    | {"kind": "NVIDIA H100 80GB HBM3", "memory": 84 * 10**9, "bandwidth": 3_350 * 10**9, "l2": 50 << 20},
+    "h200": _HOPPER | {"kind": "NVIDIA H200", "memory": 150 * 10**9, "bandwidth": 4_800 * 10**9, "l2": 50 << 20},
+}
+# Slices of eight chips.
+TPUS = {"v4": "v4:2x2x2", "v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4"}
+TARGETS = (*GPUS, *TPUS)
+
+# Names of the custom calls that the kernels become.
+KERNEL_CALLS = r'custom_call_target="(__gpu\$xla\.gpu\.triton|mosaic_gpu_v2|tpu_custom_call)"'
+
+
+def missing(target: str) -> str:
+    """What has to be installed to compile for the target; empty if all is there."""
+    if target in TPUS:
+        return "" if importlib.util.find_spec("libtpu") else "needs the wheel libtpu"
+    if not importlib.util.find_spec("jax_plugins") or not importlib.util.find_spec("jax_plugins.xla_cuda13"):
+        return "needs the wheels jax-cuda13-plugin and jax-cuda13-pjrt"
+    return "" if _tool("ptxas").is_file() else "needs the wheels nvidia-cuda-nvcc, nvidia-nvvm and nvidia-cuda-crt"
+
+
+def _tool(name: str) -> Path:
+    nvidia = importlib.util.find_spec("nvidia")
+    folders = nvidia.submodule_search_locations if nvidia else None
+    return next((Path(f) / "cu13/bin" / name for f in folders or () if (Path(f) / "cu13/bin" / name).is_file()), Path())
+
+
+def devices(target: str, count: int) -> list[Any]:
+    """So many devices of the target, of hosts of eight."""
+    if target in TPUS:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=TPUS[target]).devices)[:count]
+    topology = f"1x{max(1, count // 8)}x{min(count, 8)}"
+    config = _GPU.format(**GPUS[target])
+    return list(topologies.get_topology_desc(platform="cuda", target_config=config, topology=topology).devices)
+
+
+def make_mesh(target: str, count: int = 1) -> Mesh:
+    """The mesh of so many devices of the target, for `jax.set_mesh` while a program is lowered."""
+    return sharding.make_mesh(MeshConfig(), devices(target, count))
+
+
+def compile_attention(
+    target: str, head_dim: int, dtype: Any = jnp.bfloat16, *, seq: int = 1000, packed: bool = False, backend: Any = None
+) -> Any:
+    """Flash attention forward and backward, compiled for one device."""
+    mesh = make_mesh(target)
+
+    def argument(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))
+
+    def forward_and_backward(qkv: Any, scale: Any, segment_ids: Any) -> Any:
+        out, vjp = jax.vjp(lambda qkv: flash_attention(qkv, scale, segment_ids, backend=backend), qkv)
+        return out, vjp(out)[0]
+
+    arguments = (
+        argument((2, seq, 3 * 4, head_dim), dtype),
+        argument((), jnp.float32),
+        argument((2, seq), jnp.int32) if packed else None,
+    )
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(forward_and_backward).lower(*arguments)
+    return lowered.compile()
+
+
+@dataclasses.dataclass(frozen=True)
+class MachineCode:
+    """What a kernel was compiled to for a GPU."""
+
+    name: str
+    registers: int
+    """Of a thread, as launched."""
+    spills: int
+    """Bytes of registers stored to local memory and loaded from it."""
+    shared: int
+    """Bytes of shared memory of a block."""
+    instructions: Counter
+    """How often each opcode occurs in the machine code, without its modifiers."""
+
+
+def machine_code(target: str, head_dim: int, backend: str, packed: bool = False) -> list[MachineCode]:
+    """The machine code of one backend's kernels, forward and backward, in bfloat16, for a GPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        env = os.environ | {
+            # Read when jax starts, hence another process.
+            "XLA_FLAGS": f"--xla_dump_to={folder}",
+            "MOSAIC_GPU_DUMP_PTXAS": "1",
+            "MOSAIC_GPU_DUMP_SASS": "1",
+            "MOSAIC_GPU_DUMP_HOST_LLVM": "1",
+            "JAX_ENABLE_COMPILATION_CACHE": "0",
+        }
+        call = f"compile_attention({target!r}, {head_dim}, backend={backend!r}, packed={packed})"
+        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom absent_hardware import *\n{call}"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+        if result.returncode:
+            raise RuntimeError(f"{call}:\n{result.stderr}")
+        if backend == "mosaic_gpu":
+            return _of_mosaic(result.stdout)
+        return _of_triton(Path(folder))
+
+
+def _of_mosaic(printed: str) -> list[MachineCode]:
+    """From what Mosaic GPU prints: for each kernel what ptxas says, the machine code, and the code that launches it."""
+    kernels = re.split(r"(?=ptxas info +: \d+ bytes gmem)", printed)[1:]
+    return [
+        _parse(kernel, kernel, r"@mosaic_gpu_launch_kernel\(.*i32 (\d+), ptr %\w+, ptr %\w+\)") for kernel in kernels
+    ]
+
+
+def _of_triton(folder: Path) -> list[MachineCode]:
+    """From XLA's dumps: PTX, which we assemble as XLA did, and the list of launches."""
+    launches = "\n".join(path.read_text() for path in folder.glob("*.thunk_sequence.txt"))
+    found = []
+    for path in sorted(folder.glob("*.ptx")):
+        ptx, cubin = path.read_text(), path.with_suffix(".cubin")
+        name, arch = re.search(r"\.entry (flash_attention\w+)\(", ptx), re.search(r"\.target (\w+)", ptx)
+        if name and arch:
+            ptxas = subprocess.run(
+                [_tool("ptxas"), "-v", f"-arch={arch[1]}", path, "-o", cubin],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            sass = subprocess.run([_tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True)
+            found.append(_parse(ptxas.stderr + launches, sass.stdout, rf" {name[1]} grid.*shared_memory: (\d+) bytes"))
+    return found
+
+
+def _parse(printed: str, sass: str, shared: str) -> MachineCode:
+    def number(pattern: str) -> int:
+        found = re.search(pattern, printed)
+        assert found, f"{pattern} is not in:\n{printed[:2000]}"
+        return int(found[1])
+
+    name = re.search(r"Compiling entry function '(\w+?)(_mosaic_gpu_kernel)?'", printed)
+    assert name
+    return MachineCode(
+        name=name[1],
+        registers=number(r"Used (\d+) registers"),
+        spills=number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+        shared=number(shared),
+        instructions=Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*)", sass)),
+    )
+
+
+def main() -> None:
+    """Prints a line for each kernel, target and head size."""
+    print(f"jax {jax.__version__}; bfloat16; products: HGMMA or HMMA; local: LDL and STL, loads and stores of spills")
+    print(f"{'target':10} head {'kernel':34} registers  spilled   shared products  local")
+    for target in sys.argv[1:] or TARGETS:
+        if missing(target):
+            print(f"{target:10} {missing(target)}")
+            continue
+        for head_dim in (64, 128):
+            if target in TPUS:
+                text = compile_attention(target, head_dim).as_text()
+                for name, memory in re.findall(rf"%(\S+) = .*{KERNEL_CALLS}.*used_scoped_memory\D*1\D*0\D*(\d+)", text):
+                    print(f"{target:10} {head_dim:4} {name:34} {'':18} {int(memory):8,} of VMEM")
+                continue
+            for backend in ("triton", "mosaic_gpu") if GPUS[target]["major"] == 9 else ("triton",):
+                for packed in (False, True):
+                    for code in machine_code(target, head_dim, backend, packed):
+                        name = f"{backend}: {code.name.removeprefix('flash_attention_')}{' packed' * packed}"
+                        count = code.instructions
+                        print(
+                            f"{target:10} {head_dim:4} {name:34} {code.registers:9} {code.spills:8,} {code.shared:8,} "
+                            f"{count['HGMMA'] + count['HMMA']:8} {count['LDL'] + count['STL']:6}",
+                            flush=True,
+                        )
+
+
+if __name__ == "__main__":
+    main()
