@@ -32,7 +32,6 @@ _LOG2_E = math.log2(math.e)
 # Finite, so that a row whose keys are all masked so far gives no nan; what it gives is wiped by the first true score.
 _MASKED = -1e30
 
-
 # What the backward pass may use of the fast memory: more than the default, for a whole row of dq in float32.
 _VMEM = 32 * 2**20
 
@@ -127,6 +126,16 @@ class _Call(NamedTuple):
         precision = jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
         return jax.lax.dot_general(
             x, y, (((x_axis,), (y_axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+        )
+
+    def cost(self, products: int, packed: Array, *others: Any) -> pl.CostEstimate:
+        """What the scheduler of the program around the kernel should know; each array is moved once."""
+        batch, seq, columns = packed.shape
+        pairs = batch * columns // 3 * seq**2 // 2
+        return pl.CostEstimate(
+            flops=2 * products * pairs,
+            transcendentals=pairs // self.head_dim,
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (packed, *others)),
         )
 
 
@@ -235,6 +244,10 @@ def forward(
 
     block = (1, call.q_size, _LANES)
     key_block = (1, call.k_size, _LANES)
+    out_shape = [
+        jax.ShapeDtypeStruct((batch, seq, columns * _LANES), qkv.dtype),
+        jax.ShapeDtypeStruct((batch, columns, call.heads, seq), jnp.float32),
+    ]
     out, lse = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -258,11 +271,9 @@ def forward(
                 pltpu.VMEM((call.q_size, _LANES), jnp.float32),
             ],
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct((batch, seq, columns * _LANES), qkv.dtype),
-            jax.ShapeDtypeStruct((batch, columns, call.heads, seq), jnp.float32),
-        ],
+        out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        cost_estimate=call.cost(2, packed, *out_shape),
         interpret=interpret,
         name="flash_attention_forward",
     )(*pairs, tables, scale.reshape(1), packed, packed, packed, documents and documents.ends[:, None])
@@ -286,6 +297,7 @@ def backward(
     columns = packed.shape[2] // (3 * _LANES)
     pairs = call.pairs(by_k=True)
     q_count, k_count = call.count(call.q_size), call.count(call.k_size)
+    counts = (q_count, k_count, k_count)
     # Whole tiles of 8 positions: a copy of half a register's word is not possible.
     rows = pl.cdiv(seq, 8) * 8
 
@@ -315,19 +327,19 @@ def backward(
 
     def kernel(
         q_of: Any, k_of: Any, tables: Any, scale: Any, q: Any, k: Any, v: Any, d_out: Any, out: Any, lse: Any,
-        starts: Any, d_qkv: Any, d_q: Any, d_k: Any, d_v: Any, delta: Any, d_q_ready: Any, d_kv_ready: Any, copied: Any,
+        starts: Any, d_qkv: Any, d_q: Any, d_k: Any, d_v: Any, delta: Any, ready: Any, copied: Any,
     ) -> None:  # fmt: skip
         c, b, t = pl.program_id(0), pl.program_id(1), pl.program_id(2)
         i, j = q_of[t], k_of[t]
 
-        def copies(part: int, ready: Any, count: int, block: Any, action: Any) -> None:
+        def copies(part: int, block: Any, action: Any) -> None:
             """Starts or awaits the copy of a block into the packed gradient; the last block may be shorter."""
-            size = ready.shape[0]
+            count, size = counts[part], ready[part].shape[0]
 
             def copy(length: int) -> None:
                 row, column = (pl.multiple_of(x * y, y) for x, y in ((block, size), (part * columns + c, _LANES)))
                 target = d_qkv.at[b, pl.ds(row, length), pl.ds(column, _LANES)]
-                action(pltpu.make_async_copy(ready.at[pl.ds(0, length)], target, copied.at[part]))
+                action(pltpu.make_async_copy(ready[part].at[pl.ds(0, length)], target, copied.at[part]))
 
             rest = rows - (count - 1) * size
             if count == 1 or rest == size:
@@ -336,15 +348,15 @@ def backward(
                 pl.when(block < count - 1)(lambda: copy(size))
                 pl.when(block == count - 1)(lambda: copy(rest))
 
-        def write(part: int, ready: Any, count: int, block: Any, value: Array) -> None:
+        def write(part: int, block: Any, value: Array) -> None:
             """Starts the copy of a block, once that of the one before, maybe of the row before, has ended."""
 
             @pl.when((block > 0) | (b > 0))
             def _wait() -> None:
-                copies(part, ready, count, jnp.where(block > 0, block, count) - 1, lambda copy: copy.wait())
+                copies(part, jnp.where(block > 0, block, counts[part]) - 1, lambda copy: copy.wait())
 
-            ready[...] = value.astype(call.dtype)
-            copies(part, ready, count, block, lambda copy: copy.start())
+            ready[part][...] = value.astype(call.dtype)
+            copies(part, block, lambda copy: copy.start())
 
         @pl.when(j == 0)
         def _start_q() -> None:
@@ -391,24 +403,21 @@ def backward(
 
         @pl.when(i == q_count - 1)
         def _finish_k() -> None:
-            write(1, d_kv_ready.at[0], k_count, j, d_k[...] * scale[0])
-            write(2, d_kv_ready.at[1], k_count, j, d_v[...])
+            write(1, j, d_k[...] * scale[0])
+            write(2, j, d_v[...])
 
         @pl.when(call.is_last(i, j))
         def _finish_q() -> None:
-            write(0, d_q_ready, q_count, i, d_q[i] * scale[0])
+            write(0, i, d_q[i] * scale[0])
 
         @pl.when((b == batch - 1) & (t == pairs.shape[1] - 1))
         def _wait() -> None:
-            for part, ready, count in (
-                (0, d_q_ready, q_count),
-                (1, d_kv_ready.at[0], k_count),
-                (2, d_kv_ready.at[1], k_count),
-            ):
-                copies(part, ready, count, count - 1, lambda copy: copy.wait())
+            for part, count in enumerate(counts):
+                copies(part, count - 1, lambda copy: copy.wait())
 
     block = (1, call.q_size, _LANES)
     key_block = (1, call.k_size, _LANES)
+    out_shape = jax.ShapeDtypeStruct((batch, rows, packed.shape[2]), qkv.dtype)
     d_qkv = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -433,16 +442,16 @@ def backward(
                 pltpu.VMEM((call.k_size, _LANES), jnp.float32),
                 pltpu.VMEM((call.k_size, _LANES), jnp.float32),
                 pltpu.VMEM((q_count, call.heads, call.q_size), jnp.float32),
-                pltpu.VMEM((call.q_size, _LANES), qkv.dtype),
-                pltpu.VMEM((2, call.k_size, _LANES), qkv.dtype),
+                [pltpu.VMEM((size, _LANES), qkv.dtype) for size in (call.q_size, call.k_size, call.k_size)],
                 pltpu.SemaphoreType.DMA((3,)),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct((batch, rows, packed.shape[2]), qkv.dtype),
+        out_shape=out_shape,
         # Rows of a batch are in order because the copies of one end under the next one's products.
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=_VMEM
         ),
+        cost_estimate=call.cost(5, packed, out, d_out, lse, out_shape),
         interpret=interpret,
         name="flash_attention_backward",
     )(
