@@ -17,6 +17,8 @@ class Device(NamedTuple):
     """The vendor's name, such as 'NVIDIA H200' or 'TPU v5 lite'."""
     capability: float
     """CUDA compute capability; 0 elsewhere, and where it is not known."""
+    cores: int
+    """Multiprocessors of a GPU; 0 where it is not known."""
 
 
 def current_device() -> Device:
@@ -24,6 +26,7 @@ def current_device() -> Device:
     local = jax.devices()[0]
     absent = jax.sharding.get_abstract_mesh().abstract_device
     if absent is None or (absent.platform, absent.device_kind) == (local.platform, local.device_kind):
-        return Device(local.platform, local.device_kind, float(getattr(local, "compute_capability", 0)))
+        capability = float(getattr(local, "compute_capability", 0))
+        return Device(local.platform, local.device_kind, capability, getattr(local, "core_count", 0))
     capabilities = (c for name, c in _CAPABILITIES.items() if absent.device_kind.startswith(name))
-    return Device(absent.platform, absent.device_kind, next(capabilities, 0.0))
+    return Device(absent.platform, absent.device_kind, next(capabilities, 0.0), absent.num_cores or 0)
