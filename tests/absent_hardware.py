@@ -138,7 +138,7 @@ def machine_code(target: str, head_dim: int, backend: str, packed: bool = False)
     with tempfile.TemporaryDirectory() as folder:
         env = os.environ | {
             # Read when jax starts, hence another process.
-            "XLA_FLAGS": f"--xla_dump_to={folder}",
+            "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_emitter_re=.*",
             "MOSAIC_GPU_DUMP_PTXAS": "1",
             "MOSAIC_GPU_DUMP_SASS": "1",
             "MOSAIC_GPU_DUMP_HOST_LLVM": "1",
@@ -158,7 +158,8 @@ def _of_mosaic(printed: str) -> list[MachineCode]:
     """From what Mosaic GPU prints: for each kernel what ptxas says, the machine code, and the code that launches it."""
     kernels = re.split(r"(?=ptxas info +: \d+ bytes gmem)", printed)[1:]
     return [
-        _parse(kernel, kernel, r"@mosaic_gpu_launch_kernel\(.*i32 (\d+), ptr %\w+, ptr %\w+\)") for kernel in kernels
+        _parse(kernel, kernel, r"call .*@mosaic_gpu_launch_kernel\(ptr %\w+(?:, i32 \d+){9}, i32 (\d+)")
+        for kernel in kernels
     ]
 
 

@@ -113,11 +113,15 @@ def test_the_step_of_the_published_model_compiles_with_the_kernels_in_it(target,
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_machine_code_for_hopper_multiplies_by_warpgroups_and_spills_nothing(head_dim, packed):
-    require("h200")
-    codes = absent_hardware.machine_code("h200", head_dim, "mosaic_gpu", packed)
-    assert len({code.name for code in codes}) >= 2
+@pytest.mark.parametrize(
+    ("target", "backend", "product"), [("h200", "mosaic_gpu", "HGMMA"), ("a100-40gb", "triton", "HMMA")]
+)
+def test_machine_code_uses_tensor_cores_and_spills_nothing(target, backend, product, head_dim, packed):
+    require(target)
+    codes = absent_hardware.machine_code(target, head_dim, backend, packed)
+    assert len({code.name for code in codes}) >= 3
     for code in codes:
         print(code.name, f"{code.registers} registers, {code.shared:,} bytes of shared memory")
-        assert code.instructions["HGMMA"] > 0
-        assert not {"LDL", "STL"} & set(code.instructions) and code.spills == 0
+    for code in codes:
+        assert code.instructions[product] > 0 and code.shared > 0
+        assert not {"LDL", "STL"} & set(code.instructions) and code.spills == 0, code.name
