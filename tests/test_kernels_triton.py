@@ -65,6 +65,14 @@ def test_interpreter_poisons_what_no_kernel_writes():
     assert jnp.isnan(out).all()
 
 
+def test_float32_products_are_not_rounded_to_tf32():
+    """CPUs have no TF32, so the comparisons cannot see it: the compiler for GPUs must be told."""
+    qkv = jnp.zeros((1, 64, 3, 64))
+    jaxpr = str(jax.make_jaxpr(jax.grad(lambda qkv: attention(qkv, 1.0, None).sum()))(qkv))
+    # Two loops of 2, 3 and 4 products.
+    assert jaxpr.count("dot_general[") == jaxpr.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == 18
+
+
 def test_default_blocks_are_powers_of_2():
     for head_dim in (64, 128):
         for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
