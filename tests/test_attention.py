@@ -32,7 +32,8 @@ DEVICES = {
 
 # Two heads of 64, rows off the grid of blocks.
 FLASH = tiny.replace(
-    model={"n_positions": 100, "n_embd": 128, "n_head": 2},
+    # With weights as small as GPT-2's, a model of this size attends to all alike, whatever the scale of its scores.
+    model={"n_positions": 100, "n_embd": 128, "n_head": 2, "initializer_range": 0.05},
     # At higher rates the run in bfloat16 is chaotic: any change of rounding moves its losses by percents.
     optimizer={"learning_rate": 1e-3, "warmup_steps": 5},
     train={"global_batch_size": 8},
@@ -248,7 +249,8 @@ def test_fifty_steps_with_flash_equal_the_references(mesh, compute_dtype):
         # Fresh tokens of a little language at each step: the successor of a word is one of two.
         losses[name] = [trainer(successors(config, index))["train/loss"] for index in range(config.train.steps)]
     difference = np.abs(np.subtract(losses["flash"], losses["reference"]))
-    assert 0 < difference.max() < 1e-3
+    # Under 1e-3 is the promise; in float32, where rounding is small, a mistake could hide below it.
+    assert 0 < difference.max() < (1e-3 if compute_dtype == "bfloat16" else 1e-5)
     assert losses["flash"][-1] < losses["flash"][0] - 1
 
 
