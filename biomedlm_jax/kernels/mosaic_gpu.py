@@ -47,7 +47,7 @@ class Blocks:
 def default_blocks(shape: tuple[int, ...], dtype: Any) -> Blocks:
     """Blocks that neither spill registers nor need more than the 227 KB of shared memory."""
     if shape[3] == 64:
-        return Blocks(forward_stages=4, dq_keys=128, dkv_queries=128)
+        return Blocks(forward_stages=4)
     return Blocks()
 
 
@@ -84,7 +84,9 @@ def forward(
     heads, dtype, stages = heads3 // 3, qkv.dtype, blocks.forward_stages
     grid = _Grid(batch, heads, pl.cdiv(seq, TILE), _multiprocessors(interpret))
 
-    def kernel(qkv_ref: Any, scale_ref: Any, starts_ref: Any, out_ref: Any, lse_ref: Any, smem: Any, bars: Any) -> None:
+    def kernel(
+        qkv_ref: Any, scale_ref: Any, index_ref: Any, starts_ref: Any, out_ref: Any, lse_ref: Any, smem: Any, bars: Any
+    ) -> None:
         wg = lax.axis_index("wg")
 
         def steps_of(tile: Array, b: Array) -> Array:
@@ -93,6 +95,7 @@ def forward(
         @pl.when(wg == WARPGROUPS)
         def _load() -> None:
             plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
+            plgpu.copy_gmem_to_smem(index_ref, smem.index, bars.index_ready)
 
             def load_tile(tile: Array, b: Array, h: Array, before: Array, place: Callable[[], Any]) -> Array:
                 for w in range(WARPGROUPS):
@@ -121,6 +124,7 @@ def forward(
         def _compute() -> None:
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
             factor = _factor(scale_ref)
+            plgpu.barrier_wait(bars.index_ready)
             q, out_smem, lse_smem = smem.q.at[wg], smem.out.at[wg], smem.lse.at[wg]
             plgpu.barrier_arrive(bars.q_free.at[wg])
             _arrive_at_all(bars.k_free, bars.v_free)
@@ -136,11 +140,13 @@ def forward(
 
                 def softmax(s: Array, m: Array, step: Any, diagonal: bool) -> tuple[Array, Array, Array]:
                     """Probabilities against the new maximum, that maximum, and the factor of what came before."""
-                    query, key = row + ops.iota(s.shape, 0), (tile - step) * TILE + ops.iota(s.shape, 1)
+                    first_key = (tile - step) * TILE
                     if diagonal:
-                        s = jnp.where(query >= key, s, -jnp.inf)
+                        query = _row_index(ops, smem, s.shape, row - first_key)
+                        s = jnp.where(_column_index(ops, smem, s.shape) <= query, s, -jnp.inf)
                     if start is not None:
-                        s = jnp.where(key >= _along_rows(start, s.shape), s, -jnp.inf)
+                        first = _along_rows(start - first_key, s.shape)
+                        s = jnp.where(_column_index(ops, smem, s.shape) >= first, s, -jnp.inf)
                     new_m = jnp.maximum(m, s.max(axis=1) * factor)
                     return jnp.exp2(s * factor - _along_rows(new_m, s.shape)), new_m, jnp.exp2(m - new_m)
 
@@ -222,8 +228,10 @@ def forward(
         "out": tile(WARPGROUPS, ROWS, head_dim),
         "lse": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
         "starts": plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32),
+        "index": plgpu.SMEM((TILE,), jnp.int32),
     }
     bars = {
+        "index_ready": plgpu.Barrier(),
         "q_ready": plgpu.Barrier(num_arrivals=1 if starts is None else 2, num_barriers=WARPGROUPS),
         "k_ready": plgpu.Barrier(num_barriers=stages),
         "v_ready": plgpu.Barrier(num_barriers=stages),
@@ -236,7 +244,9 @@ def forward(
         jax.ShapeDtypeStruct((batch, padded, heads, head_dim), dtype),
         jax.ShapeDtypeStruct((batch, heads, grid.tiles * TILE), jnp.float32),
     )
-    out, lse = _call("flash_attention", kernel, grid, smem, bars, interpret, out_type)(qkv, scale[None], starts)
+    out, lse = _call("flash_attention", kernel, grid, smem, bars, interpret, out_type)(
+        qkv, scale[None], _index(), starts
+    )
     return out[:, :seq], lse
 
 
@@ -282,6 +292,7 @@ def _backward_dq(
     def kernel(
         qkv_ref: Any,
         scale_ref: Any,
+        index_ref: Any,
         starts_ref: Any,
         out_ref: Any,
         lse_ref: Any,
@@ -303,6 +314,7 @@ def _backward_dq(
         @pl.when(wg == WARPGROUPS)
         def _load() -> None:
             plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
+            plgpu.copy_gmem_to_smem(index_ref, smem.index, bars.index_ready)
 
             def load_tile(tile: Array, b: Array, h: Array, before: Array, place: Callable[[], Any]) -> Array:
                 for w in range(WARPGROUPS):
@@ -335,6 +347,7 @@ def _backward_dq(
         def _compute() -> None:
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
             factor = _factor(scale_ref)
+            plgpu.barrier_wait(bars.index_ready)
             q, d_out = smem.q.at[wg], smem.d_out.at[wg]
             plgpu.barrier_arrive(bars.q_free.at[wg])
             plgpu.barrier_arrive(bars.d_out_free.at[wg])
@@ -366,11 +379,13 @@ def _backward_dq(
                         ops.mma(s_acc, q, smem.k.at[slot], transpose_b=True)
                         ops.mma(d_p_acc, d_out, smem.v.at[slot], transpose_b=True)
                         s = ops.read(s_acc, pending=1)
-                        query, key = row + ops.iota(s.shape, 0), rows_of(tile, step).start + ops.iota(s.shape, 1)
+                        first_key = rows_of(tile, step).start
                         if masked:
-                            s = jnp.where(query >= key, s, -jnp.inf)
+                            query = _row_index(ops, smem, s.shape, row - first_key)
+                            s = jnp.where(_column_index(ops, smem, s.shape) <= query, s, -jnp.inf)
                         if start is not None:
-                            s = jnp.where(key >= _along_rows(start, s.shape), s, -jnp.inf)
+                            first = _along_rows(start - first_key, s.shape)
+                            s = jnp.where(_column_index(ops, smem, s.shape) >= first, s, -jnp.inf)
                         p = jnp.exp2(s * factor - _along_rows(lse, s.shape))
                         return p, ops.read(d_p_acc)
 
@@ -414,8 +429,10 @@ def _backward_dq(
         "lse": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
         "delta": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
         "starts": plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32),
+        "index": plgpu.SMEM((TILE,), jnp.int32),
     }
     bars = {
+        "index_ready": plgpu.Barrier(),
         "q_ready": plgpu.Barrier(num_arrivals=1 if starts is None else 2, num_barriers=WARPGROUPS),
         "d_out_ready": plgpu.Barrier(num_arrivals=3, num_barriers=WARPGROUPS),
         "k_ready": plgpu.Barrier(num_barriers=stages),
@@ -427,7 +444,7 @@ def _backward_dq(
     }
     out_type = (jax.ShapeDtypeStruct(qkv.shape, dtype), jax.ShapeDtypeStruct(lse.shape, jnp.float32))
     call = _call("flash_attention_dq", kernel, grid, smem, bars, interpret, out_type)
-    return call(qkv, scale[None], starts, out, lse, d_out)
+    return call(qkv, scale[None], _index(), starts, out, lse, d_out)
 
 
 def _backward_dkv(
@@ -451,6 +468,7 @@ def _backward_dkv(
     def kernel(
         qkv_ref: Any,
         scale_ref: Any,
+        index_ref: Any,
         ends_ref: Any,
         lse_ref: Any,
         delta_ref: Any,
@@ -469,6 +487,7 @@ def _backward_dkv(
         @pl.when(wg == WARPGROUPS)
         def _load() -> None:
             plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
+            plgpu.copy_gmem_to_smem(index_ref, smem.index, bars.index_ready)
 
             def load_tile(tile: Array, b: Array, h: Array, before: Array, place: Callable[[], Any]) -> Array:
                 for w in range(WARPGROUPS):
@@ -500,6 +519,7 @@ def _backward_dkv(
         def _compute() -> None:
             plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
             factor = _factor(scale_ref)
+            plgpu.barrier_wait(bars.index_ready)
             k, v = smem.k.at[wg], smem.v.at[wg]
             plgpu.barrier_arrive(bars.kv_free.at[wg])
             _arrive_at_all(bars.q_free)
@@ -521,27 +541,36 @@ def _backward_dkv(
                     first_query = tile * TILE + (step - before) * queries
                     plgpu.barrier_wait(bars.q_ready.at[slot])
 
-                    def scores(s_acc: Any) -> Array:
-                        ops.mma(s_acc, k, smem.q.at[slot], transpose_b=True)
-                        return ops.read(s_acc)
+                    def probabilities(d_p_acc: Any, p: Any) -> None:
+                        # Told here once more where they lie, lest the addresses of all their parts fill registers.
+                        here = lax.optimization_barrier(wg)
 
-                    s = ops.with_accumulators(scores, (ROWS, queries))
-                    key, query = row + ops.iota(s.shape, 0), first_query + ops.iota(s.shape, 1)
-                    if masked:
-                        s = jnp.where(query >= key, s, -jnp.inf)
-                    if end is not None:
-                        s = jnp.where(query < _along_rows(end, s.shape), s, -jnp.inf)
-                    lse = ops.load(smem.lse.at[slot], ops.COLUMN)
-                    p = jnp.exp2(s * factor - _along_columns(lse, s.shape))
+                        def scores(s_acc: Any) -> Array:
+                            ops.mma(s_acc, smem.k.at[here], smem.q.at[slot], transpose_b=True)
+                            ops.mma(d_p_acc, smem.v.at[here], smem.d_out.at[slot], transpose_b=True)
+                            return ops.read(s_acc, pending=1)
 
-                    # An accumulator that begins at -delta needs no register for delta beside it.
+                        s = ops.with_accumulators(scores, (ROWS, queries))
+                        if masked:
+                            s = jnp.where(
+                                _column_index(ops, smem, s.shape) >= _row_index(ops, smem, s.shape, row - first_query),
+                                s,
+                                -jnp.inf,
+                            )
+                        if end is not None:
+                            s = jnp.where(
+                                _column_index(ops, smem, s.shape) < _along_rows(end - first_query, s.shape), s, -jnp.inf
+                            )
+                        lse = ops.load(smem.lse.at[slot], ops.COLUMN)
+                        p[...] = jnp.exp2(s * factor - _along_columns(lse, s.shape))
+
+                    # An accumulator that begins at -delta needs no registers for delta beside it.
                     delta = ops.load(smem.delta.at[slot], ops.COLUMN)
-                    (d_p,) = ops.run_state(
-                        lambda acc: ops.mma(acc, v, smem.d_out.at[slot], transpose_b=True),
-                        -_along_columns(delta, p.shape),
+                    d_p, p = ops.run_state(
+                        probabilities, -_along_columns(delta, (ROWS, queries)), ops.full((ROWS, queries), 0)
                     )
-                    p, d_s = lax.optimization_barrier((p, p * d_p))
-                    p, d_s = p.astype(dtype), d_s.astype(dtype)
+                    d_s = (p * d_p).astype(dtype)
+                    p = p.astype(dtype)
 
                     def products(d_k_acc: Any, d_v_acc: Any) -> None:
                         ops.mma(d_v_acc, p, smem.d_out.at[slot])
@@ -585,8 +614,10 @@ def _backward_dkv(
         "lse": plgpu.SMEM((stages, queries), jnp.float32),
         "delta": plgpu.SMEM((stages, queries), jnp.float32),
         "ends": plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32),
+        "index": plgpu.SMEM((TILE,), jnp.int32),
     }
     bars = {
+        "index_ready": plgpu.Barrier(),
         "kv_ready": plgpu.Barrier(num_arrivals=2 if ends is None else 3, num_barriers=WARPGROUPS),
         "q_ready": plgpu.Barrier(num_arrivals=4, num_barriers=stages),
         "kv_free": plgpu.Barrier(num_barriers=WARPGROUPS),
@@ -594,7 +625,7 @@ def _backward_dkv(
     }
     d_qkv_ref = jax.new_ref(d_qkv, memory_space=plgpu.GMEM)
     call = _call("flash_attention_dkv", kernel, grid, smem, bars, interpret)
-    call(qkv, scale[None], ends, lse, delta, d_out, d_qkv_ref)
+    call(qkv, scale[None], _index(), ends, lse, delta, d_out, d_qkv_ref)
     return jax.freeze(d_qkv_ref)
 
 
@@ -633,14 +664,15 @@ class _Grid:
             tile = jnp.where(lax.rem(t, 2) == 0, 2 * self.pairs - 1 - pair, pair)
             return tile, lax.div(row, self.heads), lax.rem(row, self.heads)
 
-        def run(t: Array, before: Array) -> Array:
+        def run(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            t, before = carry
             tile, b, h = place(t)
             run_tile = functools.partial(body, tile, b, h, before, lambda: place(lax.optimization_barrier(t)))
             # Of an odd number of tiles the first pair has only one.
-            return before + lax.cond(tile < self.tiles, run_tile, lambda: jnp.int32(0))
+            return t + 1, before + lax.cond(tile < self.tiles, run_tile, lambda: jnp.int32(0))
 
-        items = lax.div(self.batch * self.heads * self.pairs - cta + size - 1, size)
-        lax.fori_loop(0, 2 * items, run, jnp.int32(0))
+        items = self.batch * self.heads * self.pairs
+        lax.while_loop(lambda carry: cta + lax.div(carry[0], 2) * size < items, run, (jnp.int32(0), jnp.int32(0)))
 
 
 def _multiprocessors(interpret: Any) -> int:
@@ -705,6 +737,24 @@ def _pad_rows(x: Array, seq: int) -> Array:
     return jnp.pad(x, ((0, 0), (0, seq - x.shape[1]), (0, 0), (0, 0))) if seq > x.shape[1] else x
 
 
+def _index() -> Array:
+    return jnp.arange(TILE, dtype=jnp.int32)
+
+
+def _row_index(ops: Any, smem: Any, shape: tuple[int, ...], first: Array) -> Array:
+    """first + index of the row, for each element of a matrix.
+
+    Indices come from shared memory: the compiler would compute an iota ahead of all loops, and hold it in registers
+    that the loops need.
+    """
+    return _along_rows(ops.load(smem.index.at[pl.ds(0, shape[0])], ops.ROW) + first, shape)
+
+
+def _column_index(ops: Any, smem: Any, shape: tuple[int, ...]) -> Array:
+    """Index of the column, for each element of a matrix."""
+    return _along_columns(ops.load(smem.index.at[pl.ds(0, shape[1])], ops.COLUMN), shape)
+
+
 def _factor(scale_ref: Any) -> Array:
     """What takes scores to base-2 exponents.
 
@@ -762,10 +812,6 @@ class _Compiled:
         return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), cls.MATRIX if len(shape) == 2 else cls.ROW)
 
     @staticmethod
-    def iota(shape: tuple[int, ...], axis: int) -> Array:
-        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
-
-    @staticmethod
     def load(ref: Any, layout: Any) -> Array:
         return plgpu.layout_cast(ref[...], layout)
 
@@ -811,10 +857,6 @@ class _Interpreted:
     @staticmethod
     def full(shape: tuple[int, ...], value: float) -> Array:
         return jnp.full(shape, value, jnp.float32)
-
-    @staticmethod
-    def iota(shape: tuple[int, ...], axis: int) -> Array:
-        return lax.broadcasted_iota(jnp.int32, shape, axis)
 
     @staticmethod
     def load(ref: Any, layout: Any) -> Array:
