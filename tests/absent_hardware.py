@@ -63,7 +63,7 @@ TPUS = {"v4": "v4:2x2x2", "v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4"
 TARGETS = (*GPUS, *TPUS)
 
 # Names of the custom calls that the kernels become.
-KERNEL_CALLS = r'custom_call_target="(__gpu\$xla\.gpu\.triton|mosaic_gpu_v2|tpu_custom_call)"'
+KERNEL_CALLS = r'custom_call_target="(?:__gpu\$xla\.gpu\.triton|mosaic_gpu_v2|tpu_custom_call)"'
 
 
 def missing(target: str) -> str:
@@ -158,7 +158,11 @@ def _of_mosaic(printed: str) -> list[MachineCode]:
     """From what Mosaic GPU prints: for each kernel what ptxas says, the machine code, and the code that launches it."""
     kernels = re.split(r"(?=ptxas info +: \d+ bytes gmem)", printed)[1:]
     return [
-        _parse(kernel, kernel, r"call .*@mosaic_gpu_launch_kernel\(ptr %\w+(?:, i32 \d+){9}, i32 (\d+)")
+        _parse(
+            kernel,
+            kernel,
+            r"call .*@mosaic_gpu_(?:launch_kernel|build_kernel_spec)\(ptr %\w+(?:, i32 \d+){9}, i32 (\d+)",
+        )
         for kernel in kernels
     ]
 
