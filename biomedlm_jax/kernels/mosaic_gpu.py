@@ -181,10 +181,11 @@ def forward(
 
                         s = ops.with_accumulators(scores, (ROWS, TILE))
                         plgpu.barrier_arrive(bars.k_free.at[slot_of(step)])
-                        # This softmax runs beside the product of the last block's probabilities; without the barrier
-                        # the compiler puts it after the wait for that product.
+                        # This softmax runs beside the product of the last block's probabilities. Left alone, ptxas
+                        # moves the exponentials past the wait for that product; past a store it moves no wait.
                         new_p, new_m, new_alpha = softmax(s, m[...], step, diagonal=False)
                         new_sum = row_sum[...] * new_alpha + new_p.sum(axis=1)
+                        smem.sums.at[wg][...] = new_sum
                         next_p[...], m[...], row_sum[...], alpha[...] = lax.optimization_barrier(
                             (new_p, new_m, new_sum, new_alpha)
                         )
@@ -226,6 +227,7 @@ def forward(
         "k": tile(stages, TILE, head_dim),
         "v": tile(stages, TILE, head_dim),
         "out": tile(WARPGROUPS, ROWS, head_dim),
+        "sums": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
         "lse": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
         "starts": plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32),
         "index": plgpu.SMEM((TILE,), jnp.int32),
