@@ -129,8 +129,13 @@ class MachineCode:
     """Bytes of registers stored to local memory and loaded from it."""
     shared: int
     """Bytes of shared memory of a block."""
-    instructions: Counter
-    """How often each opcode occurs in the machine code, without its modifiers."""
+    opcodes: tuple[str, ...]
+    """Of the machine code in order, without their modifiers."""
+
+    @property
+    def instructions(self) -> Counter:
+        """How often each opcode occurs."""
+        return Counter(self.opcodes)
 
 
 def machine_code(target: str, head_dim: int, backend: str, packed: bool = False) -> list[MachineCode]:
@@ -199,7 +204,7 @@ def _parse(printed: str, sass: str, shared: str) -> MachineCode:
         registers=number(r"Used (\d+) registers"),
         spills=number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
         shared=number(shared),
-        instructions=Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*)", sass)),
+        opcodes=tuple(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*)", sass)),
     )
 
 

@@ -125,3 +125,15 @@ def test_machine_code_uses_tensor_cores_and_spills_nothing(target, backend, prod
     for code in codes:
         assert code.instructions[product] > 0 and code.shared > 0
         assert not {"LDL", "STL"} & set(code.instructions) and code.spills == 0, code.name
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_softmax_on_hopper_runs_beside_a_product(head_dim):
+    """In the loop: two products of 128 x 128 are issued, one awaited, 64 exponentials taken, the other one awaited."""
+    require("h200")
+    forward = absent_hardware.machine_code("h200", head_dim, "mosaic_gpu")[0]
+    marks = {"HGMMA": "P", "WARPGROUP": "w", "MUFU": "e"}
+    # WARPGROUP.ARRIVE comes before products, WARPGROUP.DEPBAR after them.
+    order = "".join(marks.get(opcode, "") for opcode in forward.opcodes)
+    products = (head_dim + 128) // 16
+    assert re.search(rf"w+P+w*P{{{products // 2},}}we{{64,}}w", order), order
