@@ -104,8 +104,9 @@ def _flash(qkv: Array, scale: Any, segment_ids: Any, extras: list[str]) -> Array
     rows = sharding.rows_spec(qkv.shape[0])
     if current_device().platform != "cpu":
         return flash_attention(qkv, scale, segment_ids, rows=rows)
+    out = flash_attention(qkv, scale, segment_ids, rows=rows, backend="triton", interpret=True)
     _log_once(logging.WARNING, "attention: flash runs interpreted on a CPU, to be tested: reference is far faster here")
-    return flash_attention(qkv, scale, segment_ids, rows=rows, backend="triton", interpret=True)
+    return out
 
 
 def _cudnn_limit(qkv: Array, extras: list[str], packed: bool) -> str:

@@ -9,8 +9,9 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from biomedlm_jax.devices import Device
-from biomedlm_jax.kernels import mosaic_tpu
+from biomedlm_jax.kernels import mosaic_tpu, reference
 from biomedlm_jax.kernels.documents import documents
+from biomedlm_jax.kernels.flash_attention import flash_attention
 from biomedlm_jax.kernels.mosaic_tpu import Blocks
 
 SMALL = Blocks(128, 128, 128, 128)
@@ -121,3 +122,18 @@ def test_limits(head_dim, dtype, limit):
 def test_default_blocks_are_whole_and_no_longer_than_the_row_needs(seq):
     for size in mosaic_tpu.default_blocks((1, seq, 3, 64), jnp.bfloat16).__dict__.values():
         assert size == min(512, -(-seq // 128) * 128)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.2])
+def test_scale_that_is_not_positive(scale):
+    qkv, d_out = kernels.draw_arguments(0, (1, 70, 1, 128), "float32")
+
+    def attention(qkv, scale, segment_ids):
+        return flash_attention(qkv, scale, backend="mosaic_tpu", interpret=True)
+
+    def expected(qkv, scale, segment_ids):
+        return reference.attention(qkv, scale)
+
+    results, exact = (kernels.attention_and_gradients(f, qkv, scale, None, d_out) for f in (attention, expected))
+    for x, y in zip(results[:2], exact[:2], strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)

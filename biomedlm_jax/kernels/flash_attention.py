@@ -12,11 +12,11 @@ Each backend is a module of this package with
 
 import functools
 import importlib
-import math
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
@@ -58,15 +58,18 @@ def flash_attention(
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Softmax attention of each position over itself and those before it, in memory linear in `seq`.
 
-    The backward pass is deterministic. It also gives the gradient of `scale` (nan where that is 0).
+    The backward pass is deterministic. It also gives the gradient of `scale` (nan where that is 0). There are no second
+    derivatives, and the kernel for Hopper does not work under `jax.vmap`.
 
     Args:
       qkv: queries, keys and values of all heads, in this order along the third axis.
-      scale: factor of the scores, applied to them in float32; may be traced (it differs by layer under a scan).
+      scale: factor of the scores, not negative, applied to them in float32; may be traced (it differs by layer under a
+        scan), and one that turns out negative then gives nan on Hopper.
       segment_ids: documents packed in a row, as runs of equal ids, which do not attend to each other.
       backend: a kernel's name; by default the best that serves the device and the array.
       blocks: the backend's `Blocks`; by default as tuned for the device and the shape.
-      rows: how the batch axis lies on the mesh set by `jax.set_mesh`; each device then runs the kernel on its rows.
+      rows: how the batch axis lies on the mesh of `Auto` axes set by `jax.set_mesh`; each device then runs the kernel
+        on its rows.
       interpret: runs the kernel in Pallas's interpreter: true, or the interpreter's parameters.
 
     Raises:
@@ -123,10 +126,20 @@ def _check_shape(qkv: Any) -> None:
 
 
 def _check_scale(scale: Any) -> Float[Array, ""]:
-    real = any(jnp.issubdtype(jnp.result_type(scale), kind) for kind in (jnp.floating, jnp.integer))
-    if not real or jnp.shape(scale) or not (isinstance(scale, jax.core.Tracer) or math.isfinite(scale)):
-        raise UserError(f"flash attention: scale must be one finite number, not {scale}")
-    return jnp.asarray(scale, jnp.float32)
+    mistake = UserError(f"flash attention: scale must be one finite number that is not negative, not {scale}")
+    if isinstance(scale, jax.core.Tracer):
+        if scale.shape or not jnp.issubdtype(scale.dtype, jnp.number) or jnp.iscomplexobj(scale):
+            raise mistake
+        return scale.astype(jnp.float32)
+    try:
+        # Finite as the kernels have it: 1e39 is infinite in float32.
+        with np.errstate(over="ignore"):
+            value = np.float32(scale)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise mistake from error
+    if value.shape or isinstance(scale, (bool, str)) or not (np.isfinite(value) and value >= 0):
+        raise mistake
+    return jnp.asarray(value)
 
 
 def _check_segment_ids(segment_ids: Any, qkv: Any) -> None:
@@ -164,7 +177,10 @@ def _forward(kernel: _Kernel, qkv: Array, scale: Array, bounds: Documents | None
         out, lse = _module(kernel.backend).forward(qkv, scale, bounds, kernel.blocks, kernel.interpret)
         return out, lse
 
-    out, lse = checkpoint_name(_on_rows(kernel, run, qkv, scale, bounds), CHECKPOINT_NAME)
+    results = _on_rows(kernel, run, qkv, scale, bounds)
+    # A scan stacks what is saved. Without the barrier, jax 0.11's XLA makes a second call of a Mosaic GPU kernel whose
+    # results it writes into the stack, beside the one whose results are used.
+    out, lse = checkpoint_name(jax.lax.optimization_barrier(results), CHECKPOINT_NAME)
     return out, (qkv, scale, bounds, out, lse)
 
 

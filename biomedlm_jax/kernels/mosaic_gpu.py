@@ -27,7 +27,7 @@ ROWS = 64  # of a matrix instruction, and so of a warpgroup's part of a tile
 WARPGROUPS = 2  # that compute
 TILE = ROWS * WARPGROUPS
 
-# A multiprocessor has 65,536 registers: 128 threads x (2 x 232 + 40) of them, and 8 left over each.
+# A multiprocessor has 65,536 registers, of which 128 threads x (2 x 240 + 24) take all but 1,024.
 COMPUTE_REGISTERS, LOAD_REGISTERS = 240, 24
 
 
@@ -721,13 +721,12 @@ def _whole_tiles(
 ) -> tuple[Array, Array | None, Array | None, int]:
     """Operands as the kernels take them, and the length of a row.
 
-    Tiles may reach past the end of a row: TMA reads zeros there, and writes nothing. Pallas's interpreter does not
-    know this, and gets padded arrays.
+    Tiles may reach past the end of a row: TMA reads zeros there, and writes nothing. Only a length that is no multiple
+    of its tiles' 8 rows costs a padded copy. Pallas's interpreter does not know this, and gets whole tiles.
     """
     seq = qkv.shape[1]
     padded = pl.cdiv(seq, TILE) * TILE
-    if interpret:
-        qkv = _pad_rows(qkv, padded)
+    qkv = _pad_rows(qkv, padded if interpret else pl.cdiv(seq, 8) * 8)
     if documents is None:
         return qkv, None, None, seq
     rest = ((0, 0), (0, padded - seq))
