@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from biomedlm_jax.devices import Device, current_device
 from biomedlm_jax.kernels.documents import Documents
+from biomedlm_jax.kernels.limits import array_limit
 
 LOG2_E = math.log2(math.e)
 
@@ -29,6 +30,9 @@ TILE = ROWS * WARPGROUPS
 
 # A multiprocessor has 65,536 registers, of which 128 threads x (2 x 240 + 24) take all but 1,024.
 COMPUTE_REGISTERS, LOAD_REGISTERS = 240, 24
+
+
+_Roles = tuple[Callable[[], None], Callable[[Array], None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +64,7 @@ def device_limit(device: Device) -> str:
 
 def limit(qkv: Any) -> str:
     """Why the kernel does not take `qkv`, an array or its shape and type; empty if it does."""
-    if qkv.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"takes bfloat16 and float16, not {qkv.dtype}"
-    if qkv.shape[3] not in (64, 128):
-        return f"takes head sizes 64 and 128, not {qkv.shape[3]}"
-    return ""
+    return array_limit(qkv, ("bfloat16", "float16"))
 
 
 def forward(
@@ -85,18 +85,12 @@ def forward(
     grid = _Grid(batch, heads, pl.cdiv(seq, TILE), _multiprocessors(interpret))
 
     def kernel(
-        qkv_ref: Any, scale_ref: Any, index_ref: Any, starts_ref: Any, out_ref: Any, lse_ref: Any, smem: Any, bars: Any
-    ) -> None:
-        wg = lax.axis_index("wg")
-
+        qkv_ref: Any, scale_ref: Any, starts_ref: Any, out_ref: Any, lse_ref: Any, smem: Any, bars: Any
+    ) -> _Roles:
         def steps_of(tile: Array, b: Array) -> Array:
             return tile + 1 if starts_ref is None else tile + 1 - lax.div(starts_ref[b, tile * TILE], TILE)
 
-        @pl.when(wg == WARPGROUPS)
-        def _load() -> None:
-            plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
-            plgpu.copy_gmem_to_smem(index_ref, smem.index, bars.index_ready)
-
+        def load() -> None:
             def load_tile(tile: Array, b: Array, h: Array, before: Array, place: Callable[[], Any]) -> Array:
                 for w in range(WARPGROUPS):
                     plgpu.barrier_wait(bars.q_free.at[w])
@@ -108,10 +102,7 @@ def forward(
                 def load_block(step: Array, _: None) -> None:
                     slot = lax.rem(before + step, stages)
                     rows = pl.ds((tile - step) * TILE, TILE)
-                    plgpu.barrier_wait(bars.k_free.at[slot])
-                    plgpu.copy_gmem_to_smem(qkv_ref.at[b, rows, heads + h], smem.k.at[slot], bars.k_ready.at[slot])
-                    plgpu.barrier_wait(bars.v_free.at[slot])
-                    plgpu.copy_gmem_to_smem(qkv_ref.at[b, rows, 2 * heads + h], smem.v.at[slot], bars.v_ready.at[slot])
+                    _load_keys(qkv_ref.at[b, rows], heads, h, slot, smem, bars)
 
                 steps = steps_of(tile, b)
                 lax.fori_loop(0, steps, load_block, None)
@@ -120,11 +111,8 @@ def forward(
             grid.for_each_tile(load_tile)
             _wait_for_all(bars.q_free, bars.k_free, bars.v_free)
 
-        @pl.when(wg < WARPGROUPS)
-        def _compute() -> None:
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        def compute(wg: Array) -> None:
             factor = _factor(scale_ref)
-            plgpu.barrier_wait(bars.index_ready)
             q, out_smem, lse_smem = smem.q.at[wg], smem.out.at[wg], smem.lse.at[wg]
             plgpu.barrier_arrive(bars.q_free.at[wg])
             _arrive_at_all(bars.k_free, bars.v_free)
@@ -141,12 +129,8 @@ def forward(
                 def softmax(s: Array, m: Array, step: Any, diagonal: bool) -> tuple[Array, Array, Array]:
                     """Probabilities against the new maximum, that maximum, and the factor of what came before."""
                     first_key = (tile - step) * TILE
-                    if diagonal:
-                        query = _row_index(ops, smem, s.shape, row - first_key)
-                        s = jnp.where(_column_index(ops, smem, s.shape) <= query, s, -jnp.inf)
-                    if start is not None:
-                        first = _along_rows(start - first_key, s.shape)
-                        s = jnp.where(_column_index(ops, smem, s.shape) >= first, s, -jnp.inf)
+                    first = None if start is None else start - first_key
+                    s = _mask_keys(ops, smem, s, row - first_key, diagonal, first)
                     new_m = jnp.maximum(m, s.max(axis=1) * factor)
                     return jnp.exp2(s * factor - _along_rows(new_m, s.shape)), new_m, jnp.exp2(m - new_m)
 
@@ -217,9 +201,10 @@ def forward(
                 return steps
 
             grid.for_each_tile(compute_tile)
-            plgpu.wait_smem_to_gmem(0)
             if blocks.forward_ping_pong:
                 pl.when(wg == 0)(lambda: plgpu.barrier_wait(bars.turn.at[0]))
+
+        return load, compute
 
     tile = functools.partial(_swizzled, dtype)
     smem = {
@@ -230,10 +215,8 @@ def forward(
         "sums": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
         "lse": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
         "starts": plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32),
-        "index": plgpu.SMEM((TILE,), jnp.int32),
     }
     bars = {
-        "index_ready": plgpu.Barrier(),
         "q_ready": plgpu.Barrier(num_arrivals=1 if starts is None else 2, num_barriers=WARPGROUPS),
         "k_ready": plgpu.Barrier(num_barriers=stages),
         "v_ready": plgpu.Barrier(num_barriers=stages),
@@ -246,9 +229,7 @@ def forward(
         jax.ShapeDtypeStruct((batch, padded, heads, head_dim), dtype),
         jax.ShapeDtypeStruct((batch, heads, grid.tiles * TILE), jnp.float32),
     )
-    out, lse = _call("flash_attention", kernel, grid, smem, bars, interpret, out_type)(
-        qkv, scale[None], _index(), starts
-    )
+    out, lse = _call("flash_attention", kernel, grid, smem, bars, interpret, out_type)(qkv, scale[None], starts)
     return out[:, :seq], lse
 
 
@@ -294,7 +275,6 @@ def _backward_dq(
     def kernel(
         qkv_ref: Any,
         scale_ref: Any,
-        index_ref: Any,
         starts_ref: Any,
         out_ref: Any,
         lse_ref: Any,
@@ -303,9 +283,7 @@ def _backward_dq(
         delta_ref: Any,
         smem: Any,
         bars: Any,
-    ) -> None:
-        wg = lax.axis_index("wg")
-
+    ) -> _Roles:
         def steps_of(tile: Array, b: Array) -> Array:
             steps = (tile + 1) * diagonal
             return steps if starts_ref is None else steps - lax.div(starts_ref[b, tile * TILE], keys)
@@ -313,11 +291,7 @@ def _backward_dq(
         def rows_of(tile: Array, step: Array) -> Any:
             return pl.ds(((tile + 1) * diagonal - 1 - step) * keys, keys)
 
-        @pl.when(wg == WARPGROUPS)
-        def _load() -> None:
-            plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
-            plgpu.copy_gmem_to_smem(index_ref, smem.index, bars.index_ready)
-
+        def load() -> None:
             def load_tile(tile: Array, b: Array, h: Array, before: Array, place: Callable[[], Any]) -> Array:
                 for w in range(WARPGROUPS):
                     rows = pl.ds(tile * TILE + w * ROWS, ROWS)
@@ -333,10 +307,7 @@ def _backward_dq(
                 def load_block(step: Array, _: None) -> None:
                     slot = lax.rem(before + step, stages)
                     rows = rows_of(tile, step)
-                    plgpu.barrier_wait(bars.k_free.at[slot])
-                    plgpu.copy_gmem_to_smem(qkv_ref.at[b, rows, heads + h], smem.k.at[slot], bars.k_ready.at[slot])
-                    plgpu.barrier_wait(bars.v_free.at[slot])
-                    plgpu.copy_gmem_to_smem(qkv_ref.at[b, rows, 2 * heads + h], smem.v.at[slot], bars.v_ready.at[slot])
+                    _load_keys(qkv_ref.at[b, rows], heads, h, slot, smem, bars)
 
                 steps = steps_of(tile, b)
                 lax.fori_loop(0, steps, load_block, None)
@@ -345,11 +316,8 @@ def _backward_dq(
             grid.for_each_tile(load_tile)
             _wait_for_all(bars.q_free, bars.d_out_free, bars.k_free, bars.v_free)
 
-        @pl.when(wg < WARPGROUPS)
-        def _compute() -> None:
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        def compute(wg: Array) -> None:
             factor = _factor(scale_ref)
-            plgpu.barrier_wait(bars.index_ready)
             q, d_out = smem.q.at[wg], smem.d_out.at[wg]
             plgpu.barrier_arrive(bars.q_free.at[wg])
             plgpu.barrier_arrive(bars.d_out_free.at[wg])
@@ -382,12 +350,8 @@ def _backward_dq(
                         ops.mma(d_p_acc, d_out, smem.v.at[slot], transpose_b=True)
                         s = ops.read(s_acc, pending=1)
                         first_key = rows_of(tile, step).start
-                        if masked:
-                            query = _row_index(ops, smem, s.shape, row - first_key)
-                            s = jnp.where(_column_index(ops, smem, s.shape) <= query, s, -jnp.inf)
-                        if start is not None:
-                            first = _along_rows(start - first_key, s.shape)
-                            s = jnp.where(_column_index(ops, smem, s.shape) >= first, s, -jnp.inf)
+                        first = None if start is None else start - first_key
+                        s = _mask_keys(ops, smem, s, row - first_key, masked, first)
                         p = jnp.exp2(s * factor - _along_rows(lse, s.shape))
                         return p, ops.read(d_p_acc)
 
@@ -419,7 +383,8 @@ def _backward_dq(
                 return steps
 
             grid.for_each_tile(compute_tile)
-            plgpu.wait_smem_to_gmem(0)
+
+        return load, compute
 
     tile = functools.partial(_swizzled, dtype)
     smem = {
@@ -431,10 +396,8 @@ def _backward_dq(
         "lse": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
         "delta": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
         "starts": plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32),
-        "index": plgpu.SMEM((TILE,), jnp.int32),
     }
     bars = {
-        "index_ready": plgpu.Barrier(),
         "q_ready": plgpu.Barrier(num_arrivals=1 if starts is None else 2, num_barriers=WARPGROUPS),
         "d_out_ready": plgpu.Barrier(num_arrivals=3, num_barriers=WARPGROUPS),
         "k_ready": plgpu.Barrier(num_barriers=stages),
@@ -446,7 +409,7 @@ def _backward_dq(
     }
     out_type = (jax.ShapeDtypeStruct(qkv.shape, dtype), jax.ShapeDtypeStruct(lse.shape, jnp.float32))
     call = _call("flash_attention_dq", kernel, grid, smem, bars, interpret, out_type)
-    return call(qkv, scale[None], _index(), starts, out, lse, d_out)
+    return call(qkv, scale[None], starts, out, lse, d_out)
 
 
 def _backward_dkv(
@@ -470,7 +433,6 @@ def _backward_dkv(
     def kernel(
         qkv_ref: Any,
         scale_ref: Any,
-        index_ref: Any,
         ends_ref: Any,
         lse_ref: Any,
         delta_ref: Any,
@@ -478,19 +440,13 @@ def _backward_dkv(
         d_qkv_ref: Any,
         smem: Any,
         bars: Any,
-    ) -> None:
-        wg = lax.axis_index("wg")
-
+    ) -> _Roles:
         def steps_of(tile: Array, b: Array) -> Array:
             if ends_ref is None:
                 return (grid.tiles - tile) * diagonal
             return lax.div(ends_ref[b, (tile + 1) * TILE - 1] + queries - 1, queries) - tile * diagonal
 
-        @pl.when(wg == WARPGROUPS)
-        def _load() -> None:
-            plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
-            plgpu.copy_gmem_to_smem(index_ref, smem.index, bars.index_ready)
-
+        def load() -> None:
             def load_tile(tile: Array, b: Array, h: Array, before: Array, place: Callable[[], Any]) -> Array:
                 for w in range(WARPGROUPS):
                     rows = pl.ds(tile * TILE + w * ROWS, ROWS)
@@ -517,11 +473,8 @@ def _backward_dkv(
             grid.for_each_tile(load_tile)
             _wait_for_all(bars.kv_free, bars.q_free)
 
-        @pl.when(wg < WARPGROUPS)
-        def _compute() -> None:
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        def compute(wg: Array) -> None:
             factor = _factor(scale_ref)
-            plgpu.barrier_wait(bars.index_ready)
             k, v = smem.k.at[wg], smem.v.at[wg]
             plgpu.barrier_arrive(bars.kv_free.at[wg])
             _arrive_at_all(bars.q_free)
@@ -533,13 +486,13 @@ def _backward_dkv(
                 end = None if ends_ref is None else ops.load(smem.ends.at[wg], ops.ROW)
 
                 def skip(step: int) -> None:
-                    slot = _slot(before + step, stages)
+                    slot = lax.rem(before + step, stages)
                     plgpu.barrier_wait(bars.q_ready.at[slot])
                     plgpu.barrier_arrive(bars.q_free.at[slot])
 
                 def block(step: Array, carry: Any, masked: bool) -> Any:
                     d_k, d_v = carry
-                    slot = _slot(step, stages)
+                    slot = lax.rem(step, stages)
                     first_query = tile * TILE + (step - before) * queries
                     plgpu.barrier_wait(bars.q_ready.at[slot])
 
@@ -605,7 +558,8 @@ def _backward_dkv(
                 return steps
 
             grid.for_each_tile(compute_tile)
-            plgpu.wait_smem_to_gmem(0)
+
+        return load, compute
 
     tile = functools.partial(_swizzled, dtype)
     smem = {
@@ -616,10 +570,8 @@ def _backward_dkv(
         "lse": plgpu.SMEM((stages, queries), jnp.float32),
         "delta": plgpu.SMEM((stages, queries), jnp.float32),
         "ends": plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32),
-        "index": plgpu.SMEM((TILE,), jnp.int32),
     }
     bars = {
-        "index_ready": plgpu.Barrier(),
         "kv_ready": plgpu.Barrier(num_arrivals=2 if ends is None else 3, num_barriers=WARPGROUPS),
         "q_ready": plgpu.Barrier(num_arrivals=4, num_barriers=stages),
         "kv_free": plgpu.Barrier(num_barriers=WARPGROUPS),
@@ -627,7 +579,7 @@ def _backward_dkv(
     }
     d_qkv_ref = jax.new_ref(d_qkv, memory_space=plgpu.GMEM)
     call = _call("flash_attention_dkv", kernel, grid, smem, bars, interpret)
-    call(qkv, scale[None], _index(), ends, lse, delta, d_out, d_qkv_ref)
+    call(qkv, scale[None], ends, lse, delta, d_out, d_qkv_ref)
     return jax.freeze(d_qkv_ref)
 
 
@@ -683,9 +635,12 @@ def _multiprocessors(interpret: Any) -> int:
 
 
 def _call(
-    name: str, kernel: Callable[..., None], grid: _Grid, smem: Any, bars: Any, interpret: Any, out_type: Any = ()
+    name: str, kernel: Callable[..., _Roles], grid: _Grid, smem: Any, bars: Any, interpret: Any, out_type: Any = ()
 ) -> Callable[..., Any]:
-    """A function that runs the kernel on its operands, of which some may be None, and on references to be written."""
+    """A function that runs the kernel on its operands, of which some may be None, and on references to be written.
+
+    The kernel gives what its warpgroups do: load() of the one, and compute(number) of the others.
+    """
     mesh = plgpu.Mesh(grid=(grid.size,), grid_names=("cta",), num_threads=WARPGROUPS + 1, thread_name="wg")
     # The kernels say which layout each array has. What is the default differs between releases of JAX.
     # Sums along a row stay inside a warp, so they need no shared memory.
@@ -694,19 +649,35 @@ def _call(
     )
 
     interpreter = _interpreter() if interpret is True else interpret
+    smem = smem | {"index": plgpu.SMEM((TILE,), jnp.int32)}
 
     def run(*operands: Any) -> Any:
         given, structure = jax.tree.flatten(operands)
 
-        def body(*refs: Any) -> None:
+        def body(index_ref: Any, *refs: Any) -> None:
             inputs = jax.tree.unflatten(structure, refs[: len(given)])
 
-            def scoped(smem: dict[str, Any], bars: dict[str, Any]) -> None:
-                kernel(*inputs, *refs[len(given) :], SimpleNamespace(**smem), SimpleNamespace(**bars))
+            def scoped(smem: dict[str, Any], bars: dict[str, Any], index_ready: Any) -> None:
+                load, compute = kernel(*inputs, *refs[len(given) :], SimpleNamespace(**smem), SimpleNamespace(**bars))
+                wg = lax.axis_index("wg")
 
-            pl.run_scoped(scoped, smem, bars, collective_axes="wg")
+                @pl.when(wg == WARPGROUPS)
+                def _load() -> None:
+                    plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
+                    plgpu.copy_gmem_to_smem(index_ref, smem["index"], index_ready)
+                    load()
 
-        return pl.kernel(body, out_type, mesh=mesh, compiler_params=params, interpret=interpreter, name=name)(*given)
+                @pl.when(wg < WARPGROUPS)
+                def _compute() -> None:
+                    plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+                    plgpu.barrier_wait(index_ready)
+                    compute(wg)
+                    plgpu.wait_smem_to_gmem(0)
+
+            pl.run_scoped(scoped, smem, bars, plgpu.Barrier(), collective_axes="wg")
+
+        launch = pl.kernel(body, out_type, mesh=mesh, compiler_params=params, interpret=interpreter, name=name)
+        return launch(jnp.arange(TILE, dtype=jnp.int32), *given)
 
     return run
 
@@ -738,8 +709,30 @@ def _pad_rows(x: Array, seq: int) -> Array:
     return jnp.pad(x, ((0, 0), (0, seq - x.shape[1]), (0, 0), (0, 0))) if seq > x.shape[1] else x
 
 
-def _index() -> Array:
-    return jnp.arange(TILE, dtype=jnp.int32)
+def _load_keys(rows_ref: Any, heads: int, h: Array, slot: Array, smem: Any, bars: Any) -> None:
+    """Fills a slot of the rings of keys and values, once each is free, from rows of the packed projection."""
+    plgpu.barrier_wait(bars.k_free.at[slot])
+    plgpu.copy_gmem_to_smem(rows_ref.at[:, heads + h], smem.k.at[slot], bars.k_ready.at[slot])
+    plgpu.barrier_wait(bars.v_free.at[slot])
+    plgpu.copy_gmem_to_smem(rows_ref.at[:, 2 * heads + h], smem.v.at[slot], bars.v_ready.at[slot])
+
+
+def _mask_keys(ops: Any, smem: Any, s: Array, ahead: Array, diagonal: bool, start: Array | None) -> Array:
+    """Scores [queries, keys] without those of keys after their query, or before its document.
+
+    Args:
+      ops: `_Compiled` or `_Interpreted`.
+      smem: shared memory.
+      s: the scores.
+      ahead: position of the first query minus that of the first key.
+      diagonal: whether some keys come after some queries.
+      start: where each query's document begins, minus the position of the first key; None without documents.
+    """
+    if diagonal:
+        s = jnp.where(_column_index(ops, smem, s.shape) <= _row_index(ops, smem, s.shape, ahead), s, -jnp.inf)
+    if start is not None:
+        s = jnp.where(_column_index(ops, smem, s.shape) >= _along_rows(start, s.shape), s, -jnp.inf)
+    return s
 
 
 def _row_index(ops: Any, smem: Any, shape: tuple[int, ...], first: Array) -> Array:
@@ -764,11 +757,6 @@ def _factor(scale_ref: Any) -> Array:
     """
     scale = scale_ref[0]
     return jnp.where(scale >= 0, jnp.maximum(scale * LOG2_E, 1e-30), jnp.nan)
-
-
-def _slot(step: Array, stages: int) -> Array:
-    """Where in a ring of `stages` a step's operands lie."""
-    return step & (stages - 1) if stages & (stages - 1) == 0 else lax.rem(step, stages)
 
 
 def _along_rows(x: Array, shape: tuple[int, ...]) -> Array:

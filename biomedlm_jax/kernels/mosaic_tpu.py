@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from biomedlm_jax.devices import Device
 from biomedlm_jax.kernels.documents import Documents
+from biomedlm_jax.kernels.limits import array_limit
 
 _LANES = 128
 _LOG2_E = math.log2(math.e)
@@ -63,11 +64,7 @@ def device_limit(device: Device) -> str:
 
 def limit(qkv: Any) -> str:
     """Why the kernel does not take an array of this shape and type; empty if it does."""
-    if qkv.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"takes bfloat16 and float32, not {qkv.dtype}"
-    if qkv.shape[-1] not in (64, 128):
-        return f"takes head sizes 64 and 128, not {qkv.shape[-1]}"
-    return ""
+    return array_limit(qkv, ("bfloat16", "float32"))
 
 
 class _Call(NamedTuple):

@@ -20,9 +20,7 @@ from jaxtyping import Array, Float
 
 from biomedlm_jax.devices import Device
 from biomedlm_jax.kernels.documents import Documents
-
-_HEAD_DIMS = (64, 128)
-_DTYPES = ("bfloat16", "float16", "float32")
+from biomedlm_jax.kernels.limits import array_limit
 
 # Below every score. Not the infinity: its difference from itself is a nan.
 _LOWEST = -1e30
@@ -73,11 +71,7 @@ def device_limit(device: Device) -> str:
 
 def limit(qkv: Any) -> str:
     """Why the kernel does not take a packed projection of this shape and type; empty if it does."""
-    if qkv.shape[-1] not in _HEAD_DIMS:
-        return f"takes head sizes {_HEAD_DIMS[0]} and {_HEAD_DIMS[1]}, not {qkv.shape[-1]}"
-    if jnp.dtype(qkv.dtype).name not in _DTYPES:
-        return f"takes {', '.join(_DTYPES)}, not {jnp.dtype(qkv.dtype).name}"
-    return ""
+    return array_limit(qkv, ("bfloat16", "float16", "float32"))
 
 
 def forward(
