@@ -323,8 +323,8 @@ RECORDS = (
 )
 def test_every_line_is_kept_or_counted(tmp_path, lines, pack):
     data = b"\n".join(lines)
-    if pack is bytes and data[:2] == b"\x1f\x8b":
-        return
+    if pack is bytes:
+        data = b"\n" + data  # else the bytes drawn may begin as an archive does
     documents, report = read(tmp_path / "shard", pack(data))
     records = sum(bool(line.strip()) for line in lines)
     assert report.documents == len(documents)
