@@ -172,7 +172,7 @@ class _Evaluator:
         parts = config.train.gradient_accumulation_steps
         # As many rows at once as in training, and the same rows however many that are.
         self._batch_size, self._limit = config.train.global_batch_size // parts, config.train.eval_batches * parts
-        self._step = jax.jit(functools.partial(step.eval_step, config))
+        self._step = step.jit_eval_step(config, batch_sharding.mesh)
 
     def __call__(self, params: Any, received: list[int]) -> dict[str, float]:
         """'eval/loss' in nats a token and 'eval/perplexity'; nothing without held-out rows, or if a signal came."""
