@@ -122,10 +122,21 @@ def _fold_in(keys: Key[Array, "batch"], number: Int[Array, ""] | int) -> Key[Arr
     return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
+def _save_all_but_gathered(primitive: Any, *operands: Any, **params: Any) -> bool:
+    """The policy that saves everything but gathered weights.
+
+    To a policy, `sharding.gather_kernels` is one operation with a gradient of its own, then the naming of its result;
+    it is the only one of that sort that takes a matrix.
+    """
+    if primitive.name == "name":
+        return params["name"] != GATHERED
+    return not (primitive.name.startswith("custom_vjp_call") and operands[0].ndim == 2)
+
+
 # What the backward pass finds saved of a block, and need not compute again. Weights that were gathered from other
 # devices are saved only where they are to be kept: 2 bytes a parameter, on every device.
 REMAT_POLICIES = {
-    "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
+    "none": _save_all_but_gathered,
     # To the policy, a kernel is no matrix product: its result, and what its backward pass needs, are saved by name.
     "matmuls": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

@@ -12,9 +12,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from biomedlm_jax import compiler_options, sharding
 from biomedlm_jax import model as model_lib
 from biomedlm_jax import optimizer as optimizer_lib
-from biomedlm_jax import sharding
 from biomedlm_jax.config import Config
 from biomedlm_jax.loss import next_token_loss, target_count
 from biomedlm_jax.model import Params
@@ -78,6 +78,7 @@ def jit_train_step(config: Config, state_shardings: TrainState, batch_sharding: 
         donate_argnums=0,
         in_shardings=(state_shardings, batch_sharding),
         out_shardings=(state_shardings, None),
+        compiler_options=compiler_options.for_mesh(batch_sharding.mesh),
     )
 
 
@@ -100,7 +101,7 @@ def jit_eval_step(config: Config, mesh: Mesh) -> Any:
         nll, tokens = jax.shard_map(on_a_device, in_specs=in_specs, out_specs=P(), check_vma=False)(params, batch)
         return nll, tokens
 
-    return jax.jit(on_the_mesh)
+    return jax.jit(on_the_mesh, compiler_options=compiler_options.for_mesh(mesh))
 
 
 def held_out_loss(
