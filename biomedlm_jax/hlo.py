@@ -172,6 +172,12 @@ class Module:
 
         return {name: executions for name in self.computations if (executions := count(name))}
 
+    def op_name(self, computation: Computation, instruction: Instruction) -> str:
+        """The JAX operation that an instruction comes from, or else the loop or call around it; empty if unknown."""
+        if instruction.op_name:
+            return instruction.op_name
+        return next((name for outer in self.callers.get(computation.name, ()) if (name := self.op_name(*outer))), "")
+
     @property
     def unknown_loops(self) -> tuple[str, ...]:
         """Names of the loops whose length cannot be read off."""
@@ -346,7 +352,7 @@ def collectives(module: Module) -> list[Collective]:
                 executions=executions,
                 groups=groups,
                 asynchronous=_asynchronous(module, computation, instruction),
-                op_name=instruction.op_name or _callers_op_name(module, computation),
+                op_name=module.op_name(computation, instruction),
                 operands=operands,
             )
         )
@@ -364,10 +370,6 @@ def _goes_on(module: Module, computation: Computation) -> bool:
         "async-collective-done" in caller.name or re.search(r"-(?:done|update)$", caller.opcode)
         for _, caller in callers
     )
-
-
-def _callers_op_name(module: Module, computation: Computation) -> str:
-    return next((caller.op_name for _, caller in module.callers.get(computation.name, ()) if caller.op_name), "")
 
 
 def _asynchronous(module: Module, computation: Computation, instruction: Instruction) -> bool:

@@ -323,8 +323,13 @@ def cuda_tool(name: str) -> Path:
 
 def keep_off_devices() -> None:
     """Keeps jax off the devices of this machine, and libtpu from looking for some; before jax first looks for any."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu: look for no TPU host
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # and share the compiler with other processes
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",  # libtpu: look for no TPU host,
+        "TPU_WORKER_HOSTNAMES": "localhost",  # and do not complain that there is none;
+        "TPU_ACCELERATOR_TYPE": "v5p-8",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # share the compiler with other processes
+    }.items():
+        os.environ.setdefault(name, value)
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 
