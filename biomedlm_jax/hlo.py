@@ -258,7 +258,8 @@ def parse(text: str) -> Module:
             name, instructions = found[2], []
             entry = name if found[1] else entry
         elif found := _INSTRUCTION.match(line):
-            instructions.append(_instruction(found[1], _COMMENT.sub("", found[2])))
+            instruction = _instruction(found[1], _COMMENT.sub("", found[2]))
+            instructions += [*_elements(instruction, instructions), instruction]
     if entry not in computations:
         raise ValueError("the HLO module has no entry computation")
     return Module(computations, entry, math.prod(devices))
@@ -270,12 +271,32 @@ def _instruction(name: str, text: str) -> Instruction:
     start = rest.index("(")
     end = _closing(rest, start)
     inside = rest[start + 1 : end - 1]
-    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+    operands = tuple(re.findall(r"%([\w.\-#]+)", inside))
     if not operands and inside and rest[:start] in ("constant", "parameter"):
         operands = (inside,)
     elif not operands and inside:
         operands = tuple(part.split()[-1] for part in inside.split(", "))
     return Instruction(name, kind, rest[:start], operands, rest[end:])
+
+
+def _elements(user: Instruction, before: list[Instruction]) -> Iterator[Instruction]:
+    """The elements of tuples that an instruction of a dump names as `%tuple#1`, as instructions of that name."""
+    for name in user.operands:
+        if "#" in name and all(instruction.name != name for instruction in before):
+            whole, _, index = name.rpartition("#")
+            element = next((_parts(other.type)[int(index)] for other in before if other.name == whole), "")
+            yield Instruction(name, element, "get-tuple-element", (whole,), f", index={index}")
+
+
+def _parts(kind: str) -> list[str]:
+    """The types that a tuple's type consists of."""
+    parts, start, depth = [], 1, 0
+    for place, character in enumerate(kind):
+        depth += {"(": 1, "{": 1, "[": 1, ")": -1, "}": -1, "]": -1}.get(character, 0)
+        if (character == "," and depth == 1) or (character == ")" and depth == 0):
+            parts.append(kind[start:place].strip())
+            start = place + 1
+    return parts
 
 
 def _closing(text: str, start: int) -> int:

@@ -1,5 +1,7 @@
 """Programs as XLA's compilers print them, and what is read off them."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -159,6 +161,15 @@ def test_a_gpu_program():
     assert reduced.wire_bytes == 4100  # two devices: half of it sent to be summed, half of the sums sent back
     assert moved.groups == reduced.groups == tuple((i, i + 8) for i in range(8))
     assert found["collective-permute-start"].groups == ((0, 1), (1, 2))
+
+
+def test_a_dump_names_elements_of_tuples():
+    """As files written with xla_dump_to do: %arg#1 instead of an instruction that takes it out."""
+    lines = [line for line in GPU.splitlines() if not re.search(r"%(?:i|shard) = .*get-tuple-element\(%arg\)", line)]
+    text = (
+        "\n".join(lines).replace("(%shard)", "(%arg#1)").replace("tuple(%i,", "tuple(%arg#0,").replace("%i)", "%arg#0)")
+    )
+    assert "%arg#1" in text and hlo.collectives(hlo.parse(text)) == hlo.collectives(hlo.parse(GPU))
 
 
 def test_asynchronous_is_what_has_compute_between_its_start_and_its_end():

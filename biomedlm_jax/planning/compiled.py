@@ -101,7 +101,7 @@ def compile_on(config: Config, target: Target, mesh: Any) -> CompiledStep:
     """`compile_step` for a mesh that is there already."""
     state = jax.eval_shape(functools.partial(step.init_state, config))
     shape = (config.train.global_batch_size, config.model.n_positions)
-    batch = step.Batch(jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, bool))
+    batch: Any = step.Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, bool)))  # type: ignore[arg-type]
     jitted = step.jit_train_step(config, sharding.tree_shardings(mesh, state), sharding.batch_sharding(mesh))
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
         traced = jitted.trace(state, batch)
@@ -114,7 +114,7 @@ def compile_on(config: Config, target: Target, mesh: Any) -> CompiledStep:
     unknown: list[str] = []
     accesses: list[traffic.Access] = []
     collectives: list[hlo.Collective] = []
-    text = dump.hlo or _as_text(compiled)
+    text = _as_text(compiled) or dump.hlo
     if text:
         module = hlo.parse(text)
         accesses, collectives = traffic.accesses(module), hlo.collectives(module)
