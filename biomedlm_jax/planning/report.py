@@ -8,6 +8,7 @@ from biomedlm_jax.model import flops_per_token
 from biomedlm_jax.planning import roofline
 from biomedlm_jax.planning.compiled import CompiledStep
 from biomedlm_jax.planning.flops import PHASES
+from biomedlm_jax.targets import Target
 
 GB = 1e9
 
@@ -45,7 +46,7 @@ class Plan:
     @property
     def memory_limit(self) -> int:
         """Bytes of a device's memory that the program gets."""
-        return int(self.compiled.target.chip.memory * self.assumed.memory_fraction)
+        return memory_limit(self.compiled.target)
 
     @property
     def fits(self) -> bool:
@@ -139,6 +140,11 @@ class Plan:
             "device_source": compiled.target.chip.source,
             "unknown": list(compiled.unknown),
         }
+
+
+def memory_limit(target: Target) -> int:
+    """Bytes of a device's memory that a program gets."""
+    return int(target.chip.memory * roofline.assumptions(target.chip.name).memory_fraction)
 
 
 def sequences_per_device(compiled: CompiledStep) -> int:
@@ -264,10 +270,9 @@ def _time(plan: Plan) -> list[str]:
         lines.append(f"  {phase:12}" + "".join(f"{value:10.1f}" for value in values[:4]) + f"   {values[4]:10.1f}")
     totals = [time.total(column) * 1e3 for column in columns]
     lines.append(f"  {'step':12}" + "".join(f"{value:10.1f}" for value in totals[:4]) + f"   {totals[4]:10.1f}")
-    network = f" and network ({assumed.link_fraction:.0%} of links)" if plan.compiled.target.size > 1 else ""
     return [
         *lines,
-        f"  the limit is {time.limit}, among products, memory{' and network' if network else ''}",
+        f"  what binds most: {time.limit}",
         f"  FLOPs a token: model {plan.model_flops / tokens / GB:.2f} G (6N + 12LdT), hardware "
         f"{plan.hardware_flops / tokens / GB:.2f} G (recomputation counted, of attention the causal half)",
         f"  assumed: products {assumed.product_fraction:.0%} of {chip.peak_flops / 1e12:.0f} TFLOP/s, attention "
