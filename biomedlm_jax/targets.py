@@ -7,6 +7,7 @@ Mosaic TPU in libtpu's. All of them run on a machine with neither GPU nor TPU: `
 import dataclasses
 import difflib
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -179,11 +180,10 @@ def peak_flops(device_kind: str) -> float | None:
 
 def chip_of(device_kind: str) -> Chip | None:
     """The chip that jax calls so; of a GPU another form of the same model will do (A100-PCIE, H100 NVL)."""
-    for chip in CHIPS.values():
-        model = re.search(r"[AH]\d00", chip.kind)
-        if chip.kind == device_kind or (model and re.search(rf"\b{model[0]}\b", device_kind)):
-            return chip
-    return None
+    exact = (chip for chip in CHIPS.values() if chip.kind == device_kind)
+    model = re.search(r"\b[AH]\d00\b", device_kind)
+    same_model = (chip for chip in CHIPS.values() if model and model[0] in chip.kind)
+    return next(itertools.chain(exact, same_model), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,6 +328,7 @@ def keep_off_devices() -> None:
         "TPU_WORKER_HOSTNAMES": "localhost",  # and do not complain that there is none;
         "TPU_ACCELERATOR_TYPE": "v5p-8",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # share the compiler with other processes
+        "TF_CPP_MIN_LOG_LEVEL": "2",  # XLA: only errors
     }.items():
         os.environ.setdefault(name, value)
     os.environ["JAX_PLATFORMS"] = "cpu"

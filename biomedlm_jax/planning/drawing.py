@@ -40,7 +40,10 @@ def _draw_memory(axes: Any, plan: Plan) -> None:
     total = plan.compiled.memory_bytes / GB
     for part, color in zip(memory.PARTS, _MEMORY_COLORS, strict=True):
         size = plan.compiled.memory[part] / GB
-        axes.barh(0, size, left=left, color=color, edgecolor="white", linewidth=0.5, label=f"{part} {size:.2f}")
+        if size < 0.001 * capacity:
+            left += size
+            continue
+        axes.barh(0, size, left=left, color=color, edgecolor="white", linewidth=0.5, label=f"{part} {size:.1f}")
         left += size
     axes.axvline(limit, color="black", linewidth=1.5)
     axes.axvspan(limit, max(capacity, limit * 1.005), color="black", alpha=0.12, linewidth=0)
@@ -50,7 +53,8 @@ def _draw_memory(axes: Any, plan: Plan) -> None:
     axes.text(total + 0.005 * right, 0, f"{total:.1f} GB", va="center", ha="left", fontweight="bold")
     axes.set(xlim=(0, right), ylim=(-0.5, 0.95), yticks=[], xlabel="memory of a device, GB (compiled)")
     axes.spines["left"].set_visible(False)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.42), ncols=4, frameon=False, columnspacing=1.5)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.42), ncols=4, frameon=False, columnspacing=1.5)
 
 
 def _draw_time(axes: Any, plan: Plan) -> None:

@@ -187,7 +187,9 @@ class _Classifier:
         # The words by themselves, not by the embedding's width or a part of it.
         if self._vocab in dims and not {self._width, self._width // self._fsdp} & set(dims):
             return "logits"
-        if elements in self._matrices or elements * self._fsdp in self._matrices:
+        # Ten rows of 1,024 tokens of width 2,560 have as many elements as a matrix of 2,560 by 10,240.
+        of_tokens = {self._positions, self._tokens} & set(dims)
+        if not of_tokens and (elements in self._matrices or elements * self._fsdp in self._matrices):
             gathered = (
                 "gather" in value.name or "convert_element_type" in value.op_name or "all_gather" in value.op_name
             )

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -18,7 +18,7 @@ from biomedlm_jax.targets import Target
 logger = logging.getLogger(__name__)
 
 # What recomputation costs, from none to all.
-_REMAT = ("none", "matmuls", "full")
+_REMAT: tuple[Literal["none", "matmuls", "full"], ...] = ("none", "matmuls", "full")
 _CHUNK = 256
 _MOST_PARTS = 64
 
@@ -95,36 +95,37 @@ def nearest_fit(
       compiled: the step that does not fit; None if not even its compiler got through.
     """
     start = setting_of(config, target)
-    candidates = [
-        setting
-        for setting in itertools.starmap(
-            Setting,
-            itertools.product(
-                range(start.remat, len(_REMAT)),
-                range(start.halvings, _MOST_PARTS.bit_length()),
-                sorted({start.chunked, True}),
-                sorted({start.fsdp, target.size}),
-                (start.unroll,),
-            ),
-        )
-        if setting != start and _possible(setting.apply(config, target), target)
-    ]
-    too_large = [start]
-    strongest = max(candidates, default=start)
+    settings = itertools.starmap(
+        Setting,
+        itertools.product(
+            range(start.remat, len(_REMAT)),
+            range(start.halvings, _MOST_PARTS.bit_length()),
+            sorted({start.chunked, True}),
+            sorted({start.fsdp, target.size}),
+            (start.unroll,),
+        ),
+    )
+    candidates = {
+        setting: applied for setting in settings if setting != start and (applied := _applied(setting, config, target))
+    }
+    if not candidates:
+        return None
     # If the setting that needs least does not fit, none does.
-    for setting in sorted(candidates, key=lambda setting: (setting != strongest, setting.cost)):
+    strongest = max(candidates)
+    last = _try(candidates[strongest], target, compile_one)
+    if last is None or not last.fits:
+        return None
+    too_large = [start]
+    for setting in sorted(candidates, key=lambda setting: setting.cost):
+        if setting == strongest:
+            return last
         if any(other.at_least(setting) for other in too_large) or _hopeless(setting, start, compiled, target):
             continue
-        plan = _try(setting.apply(config, target), target, compile_one)
-        if plan is None or not plan.fits:
-            too_large.append(setting)
-            if setting == strongest:
-                return None
-        elif setting != strongest or len(candidates) == 1:
+        plan = _try(candidates[setting], target, compile_one)
+        if plan is not None and plan.fits:
             return plan
-        else:
-            last = plan
-    return last if candidates else None
+        too_large.append(setting)
+    return last
 
 
 def _hopeless(setting: Setting, start: Setting, compiled: CompiledStep | None, target: Target) -> bool:
@@ -139,12 +140,14 @@ def _hopeless(setting: Setting, start: Setting, compiled: CompiledStep | None, t
     return others + activations / 2 ** (setting.halvings - start.halvings) > limit
 
 
-def _possible(config: Config, target: Target) -> bool:
+def _applied(setting: Setting, config: Config, target: Target) -> Config | None:
+    """The configuration with a setting; None if it does not divide."""
     try:
-        check(config, target)
+        applied = setting.apply(config, target)
+        check(applied, target)
     except UserError:
-        return False
-    return config.model.n_embd % config.mesh.fsdp == 0
+        return None
+    return applied if config.model.n_embd % setting.fsdp == 0 else None
 
 
 def _try(config: Config, target: Target, compile_one: Compile) -> Plan | None:
@@ -180,8 +183,8 @@ def search(config: Config, target: Target, compile_one: Compile = compile_step) 
                 continue
             for halvings in range(_MOST_PARTS.bit_length()):
                 setting = Setting(remat, halvings, bool(config.train.loss_chunk), target.size // replica, unroll)
-                candidate = setting.apply(config, target)
-                plan = _try(candidate, target, compile_one) if _possible(candidate, target) else None
+                candidate = _applied(setting, config, target)
+                plan = _try(candidate, target, compile_one) if candidate else None
                 if plan is not None and plan.fits:
                     plans.append(plan)
                     break
