@@ -329,8 +329,25 @@ def parse_args(command: str, description: str, args: list[str] | None = None) ->
       UserError: an unknown setting (with the nearest name), a value of the wrong type, or values that contradict
         each other.
     """
+    return parse_args_with(command, description, lambda parser: None, args)[0]
+
+
+def parse_args_with(
+    command: str,
+    description: str,
+    add_options: Callable[[jsonargparse.ArgumentParser], None],
+    args: list[str] | None = None,
+) -> tuple[Config, jsonargparse.Namespace]:
+    """`parse_args` for a command with options of its own, which `add_options` adds; returns their values, too."""
     parser = _parser(f"python -m biomedlm_jax.{command}", description)
-    return _instantiate(parser, lambda: parser.parse_args(args))
+    add_options(parser)
+    values = jsonargparse.Namespace()
+
+    def parse() -> jsonargparse.Namespace:
+        values.update(parser.parse_args(args))
+        return values
+
+    return _instantiate(parser, parse), values
 
 
 def load_config(path: str | Path) -> Config:

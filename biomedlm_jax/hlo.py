@@ -172,6 +172,12 @@ class Module:
 
         return {name: executions for name in self.computations if (executions := count(name))}
 
+    def op_name(self, computation: Computation, instruction: Instruction) -> str:
+        """The JAX operation that an instruction comes from, or else the loop or call around it; empty if unknown."""
+        if instruction.op_name:
+            return instruction.op_name
+        return next((name for outer in self.callers.get(computation.name, ()) if (name := self.op_name(*outer))), "")
+
     @property
     def unknown_loops(self) -> tuple[str, ...]:
         """Names of the loops whose length cannot be read off."""
@@ -252,7 +258,8 @@ def parse(text: str) -> Module:
             name, instructions = found[2], []
             entry = name if found[1] else entry
         elif found := _INSTRUCTION.match(line):
-            instructions.append(_instruction(found[1], _COMMENT.sub("", found[2])))
+            instruction = _instruction(found[1], _COMMENT.sub("", found[2]))
+            instructions += [*_elements(instruction, instructions), instruction]
     if entry not in computations:
         raise ValueError("the HLO module has no entry computation")
     return Module(computations, entry, math.prod(devices))
@@ -264,12 +271,32 @@ def _instruction(name: str, text: str) -> Instruction:
     start = rest.index("(")
     end = _closing(rest, start)
     inside = rest[start + 1 : end - 1]
-    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+    operands = tuple(re.findall(r"%([\w.\-#]+)", inside))
     if not operands and inside and rest[:start] in ("constant", "parameter"):
         operands = (inside,)
     elif not operands and inside:
         operands = tuple(part.split()[-1] for part in inside.split(", "))
     return Instruction(name, kind, rest[:start], operands, rest[end:])
+
+
+def _elements(user: Instruction, before: list[Instruction]) -> Iterator[Instruction]:
+    """The elements of tuples that an instruction of a dump names as `%tuple#1`, as instructions of that name."""
+    for name in user.operands:
+        if "#" in name and all(instruction.name != name for instruction in before):
+            whole, _, index = name.rpartition("#")
+            element = next((_parts(other.type)[int(index)] for other in before if other.name == whole), "")
+            yield Instruction(name, element, "get-tuple-element", (whole,), f", index={index}")
+
+
+def _parts(kind: str) -> list[str]:
+    """The types that a tuple's type consists of."""
+    parts, start, depth = [], 1, 0
+    for place, character in enumerate(kind):
+        depth += {"(": 1, "{": 1, "[": 1, ")": -1, "}": -1, "]": -1}.get(character, 0)
+        if (character == "," and depth == 1) or (character == ")" and depth == 0):
+            parts.append(kind[start:place].strip())
+            start = place + 1
+    return parts
 
 
 def _closing(text: str, start: int) -> int:
@@ -346,7 +373,7 @@ def collectives(module: Module) -> list[Collective]:
                 executions=executions,
                 groups=groups,
                 asynchronous=_asynchronous(module, computation, instruction),
-                op_name=instruction.op_name or _callers_op_name(module, computation),
+                op_name=module.op_name(computation, instruction),
                 operands=operands,
             )
         )
@@ -364,10 +391,6 @@ def _goes_on(module: Module, computation: Computation) -> bool:
         "async-collective-done" in caller.name or re.search(r"-(?:done|update)$", caller.opcode)
         for _, caller in callers
     )
-
-
-def _callers_op_name(module: Module, computation: Computation) -> str:
-    return next((caller.op_name for _, caller in module.callers.get(computation.name, ()) if caller.op_name), "")
 
 
 def _asynchronous(module: Module, computation: Computation, instruction: Instruction) -> bool:

@@ -18,26 +18,11 @@ from tqdm import tqdm
 from biomedlm_jax.config import Config
 from biomedlm_jax.errors import UserError
 from biomedlm_jax.model import flops_per_token
+from biomedlm_jax.targets import peak_flops
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
-
-# Dense bfloat16 FLOP/s of one device, from the makers' data sheets, by a piece of jax's `device_kind`.
-_PEAK_FLOPS = {
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Data-sheet bfloat16 FLOP/s of a device, None where it is not known (a CPU)."""
-    return next((flops for name, flops in _PEAK_FLOPS.items() if name in device_kind), None)
 
 
 class Throughput:

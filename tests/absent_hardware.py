@@ -1,14 +1,11 @@
 """Compiles for GPUs and TPUs on a machine that has neither, with the real compilers.
 
-XLA's GPU compiler, Triton and Mosaic GPU are in jax's CUDA plugin, ptxas and nvdisasm in wheels of NVIDIA's, and XLA's
-TPU compiler with Mosaic TPU in libtpu's; docs/training.md says how to install them. As a command, it prints what the
-attention kernels were compiled to:
+biomedlm_jax.targets has the devices. As a command, it prints what the attention kernels were compiled to:
 
     python tests/absent_hardware.py [TARGET ...]
 """
 
 import dataclasses
-import importlib.util
 import os
 import re
 import subprocess
@@ -18,48 +15,20 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu: look for no TPU host
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # and share the compiler with other processes
-
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from biomedlm_jax import sharding
+from biomedlm_jax import sharding, targets
 from biomedlm_jax.config import MeshConfig
 from biomedlm_jax.kernels.flash_attention import flash_attention
 
-# What XLA asks of a GPU, by its field names. From the data sheets and CUDA's tables of compute capabilities.
-_GPU = """
-gpu_device_info {{
-  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
-  shared_memory_per_block: 49152  shared_memory_per_block_optin: {shared}  shared_memory_per_core: {shared_core}
-  core_count: {cores}  fpus_per_core: {fpus}  registers_per_core_limit: 65536  registers_per_block_limit: 65536
-  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
-  memory_bandwidth: {bandwidth}  l2_cache_size: {l2}  clock_rate_ghz: {clock}  device_memory_size: {memory}
-  cuda_compute_capability {{ major: {major} minor: 0 }}
-}}
-platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 10 }}
-runtime_version {{ major: 13 minor: 0 }}
-device_description_str: "{kind}"
-"""
-_AMPERE = {"major": 8, "cores": 108, "fpus": 64, "clock": 1.41, "shared": 166_912, "shared_core": 167_936}
-_HOPPER = {"major": 9, "cores": 132, "fpus": 128, "clock": 1.98, "shared": 232_448, "shared_core": 233_472}
-GPUS: dict[str, dict[str, Any]] = {
-    "a100-40gb": _AMPERE
-    | {"kind": "NVIDIA A100-SXM4-40GB", "memory": 42 * 10**9, "bandwidth": 1_555 * 10**9, "l2": 40 << 20},
-    "a100-80gb": _AMPERE
-    | {"kind": "NVIDIA A100-SXM4-80GB", "memory": 84 * 10**9, "bandwidth": 2_039 * 10**9, "l2": 40 << 20},
-    "h100": _HOPPER
-    | {"kind": "NVIDIA H100 80GB HBM3", "memory": 84 * 10**9, "bandwidth": 3_350 * 10**9, "l2": 50 << 20},
-    "h200": _HOPPER | {"kind": "NVIDIA H200", "memory": 150 * 10**9, "bandwidth": 4_800 * 10**9, "l2": 50 << 20},
-}
+targets.keep_off_devices()
+
+GPUS = tuple(name for name, chip in targets.CHIPS.items() if chip.platform == "gpu")
 # Slices of eight chips.
-TPUS = {"v4": "v4:2x2x2", "v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4"}
+TPUS = {"v4": "tpu-v4:2x2x2", "v5e": "tpu-v5e:2x4", "v5p": "tpu-v5p:2x2x2", "v6e": "tpu-v6e:2x4"}
 TARGETS = (*GPUS, *TPUS)
 
 # Names of the custom calls that the kernels become.
@@ -68,26 +37,13 @@ KERNEL_CALLS = r'custom_call_target="(?:__gpu\$xla\.gpu\.triton|mosaic_gpu_v2|tp
 
 def missing(target: str) -> str:
     """What has to be installed to compile for the target; empty if all is there."""
-    if target in TPUS:
-        return "" if importlib.util.find_spec("libtpu") else "needs the wheel libtpu"
-    if not importlib.util.find_spec("jax_plugins") or not importlib.util.find_spec("jax_plugins.xla_cuda13"):
-        return "needs the wheels jax-cuda13-plugin and jax-cuda13-pjrt"
-    return "" if _tool("ptxas").is_file() else "needs the wheels nvidia-cuda-nvcc, nvidia-nvvm and nvidia-cuda-crt"
-
-
-def _tool(name: str) -> Path:
-    nvidia = importlib.util.find_spec("nvidia")
-    folders = nvidia.submodule_search_locations if nvidia else None
-    return next((Path(f) / "cu13/bin" / name for f in folders or () if (Path(f) / "cu13/bin" / name).is_file()), Path())
+    return targets.missing(targets.parse(TPUS[target]).chip.name if target in TPUS else target)
 
 
 def devices(target: str, count: int) -> list[Any]:
     """So many devices of the target, of hosts of eight."""
-    if target in TPUS:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=TPUS[target]).devices)[:count]
-    topology = f"1x{max(1, count // 8)}x{min(count, 8)}"
-    config = _GPU.format(**GPUS[target])
-    return list(topologies.get_topology_desc(platform="cuda", target_config=config, topology=topology).devices)
+    name = TPUS.get(target) or f"{target}:{max(1, count // 8)}x{min(count, 8)}"
+    return targets.parse(name).devices()[:count]
 
 
 def make_mesh(target: str, count: int = 1) -> Mesh:
@@ -181,12 +137,14 @@ def _of_triton(folder: Path) -> list[MachineCode]:
         name, arch = re.search(r"\.entry (flash_attention\w+)\(", ptx), re.search(r"\.target (\w+)", ptx)
         if name and arch:
             ptxas = subprocess.run(
-                [_tool("ptxas"), "-v", f"-arch={arch[1]}", path, "-o", cubin],
+                [targets.cuda_tool("ptxas"), "-v", f"-arch={arch[1]}", path, "-o", cubin],
                 capture_output=True,
                 text=True,
                 check=True,
             )
-            sass = subprocess.run([_tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True)
+            sass = subprocess.run(
+                [targets.cuda_tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True
+            )
             found.append(_parse(ptxas.stderr + launches, sass.stdout, rf" {name[1]} grid.*shared_memory: (\d+) bytes"))
     return found
 
@@ -222,7 +180,7 @@ def main() -> None:
                 for name, memory in re.findall(rf"%(\S+) = .*{KERNEL_CALLS}.*used_scoped_memory\D*1\D*0\D*(\d+)", text):
                     print(f"{target:10} {head_dim:4} {name:34} {'':18} {int(memory):8,} of VMEM")
                 continue
-            for backend in ("triton", "mosaic_gpu") if GPUS[target]["major"] == 9 else ("triton",):
+            for backend in ("triton", "mosaic_gpu") if target.startswith("h") else ("triton",):
                 for packed in (False, True):
                     for code in machine_code(target, head_dim, backend, packed):
                         name = f"{backend}: {code.name.removeprefix('flash_attention_')}{' packed' * packed}"

@@ -1,0 +1,104 @@
+"""Command: what a run needs and how long it takes, on devices that are not here.
+
+    python -m biomedlm_jax.plan --config configs/biomedlm_2_7b.yaml --target a100-40gb:16x8
+
+Compiles the very step that `train` runs with the same settings, and prints memory, exchange, time, energy and cost.
+"""
+
+import dataclasses
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from etils import epy
+
+from biomedlm_jax import config as config_lib
+from biomedlm_jax import targets
+from biomedlm_jax.config import Config
+from biomedlm_jax.errors import UserError, run_command
+
+# `--help` and mistakes in the settings answer before these are loaded.
+with epy.lazy_imports():
+    from biomedlm_jax.planning import compiled as compiled_lib
+    from biomedlm_jax.planning import drawing, report, search
+
+logger = logging.getLogger("biomedlm_jax.plan")
+
+
+def main() -> int:
+    """Prints the plan of the command line; the exit status is 1 if the run does not fit."""
+    config, options = config_lib.parse_args_with(
+        "plan", "Predict memory, exchange, time and cost of a run on devices that are not here.", _add_options
+    )
+    if options.plot and not Path(options.plot).absolute().parent.is_dir():
+        raise UserError(f"--plot {options.plot}: there is no such folder")
+    if options.price is not None and options.price < 0:
+        raise UserError(f"--price must not be negative, not {options.price:g}")
+    target = targets.parse(options.target)
+    if options.search:
+        return _search(config, target, options)
+    try:
+        plan = report.make_plan(compiled_lib.compile_step(config, target), options.price)
+    except compiled_lib.OutOfMemory as error:
+        needed = f"{error.memory_bytes / 1e9:.1f} GB" if error.memory_bytes else "more memory than there is"
+        print(f"does not fit: the compiler for {target} needs {needed} a device", file=sys.stderr)
+        return _advise(config, target, None)
+    if options.plot:
+        drawing.draw(plan, options.plot)
+    print(json.dumps(plan.as_dict(), indent=2) if options.json else report.as_text(plan))
+    return 0 if plan.fits else _advise(config, target, plan.compiled)
+
+
+def _advise(config: Config, target: targets.Target, compiled: Any) -> int:
+    """Says which setting fits; returns the exit status."""
+    logger.info("looking for the nearest setting that fits")
+    plan = search.nearest_fit(config, target, compiled)
+    if plan is None:
+        print(f"no setting fits into {target}: take more devices, or larger ones", file=sys.stderr)
+    else:
+        gigabytes = plan.compiled.memory_bytes / 1e9
+        options = search.changes(config, plan.compiled.config)
+        print(f"the nearest that fits, {gigabytes:.1f} GB, {plan.mfu:.1%} MFU: {options}", file=sys.stderr)
+    return 1
+
+
+def _search(config: Config, target: targets.Target, options: Any) -> int:
+    compiled_lib.check(config, target)
+    plans = search.search(config, target)
+    if not plans:
+        print(f"nothing that was tried fits into {target}", file=sys.stderr)
+        return 1
+    plans = [dataclasses.replace(plan, price=options.price) for plan in plans]
+    if options.plot:
+        drawing.draw(plans[0], options.plot)
+    if options.json:
+        print(json.dumps(search.as_dicts(config, plans), indent=2))
+    else:
+        print("\n".join(search.search_table(config, plans)))
+        print("\nthe first of them\n")
+        print(report.as_text(plans[0]))
+    return 0
+
+
+def _add_options(parser: Any) -> None:
+    parser.add_argument(
+        "--target",
+        required=True,
+        metavar="T",
+        help="a100-40gb:16x8 (hosts x GPUs a host), tpu-v5p:4x4x8 (a slice's topology); there are "
+        + ", ".join(targets.CHIPS),
+    )
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="Try recomputation, sequences at once, replicas and unrolling; rank what fits (minutes).",
+    )
+    parser.add_argument("--json", action="store_true", help="Print JSON: bytes, seconds, FLOPs.")
+    parser.add_argument("--price", type=float, metavar="P", help="Price of an hour of one device, in any currency.")
+    parser.add_argument("--plot", metavar="FILE.png", help="Draw memory and the step's timeline.")
+
+
+if __name__ == "__main__":
+    run_command(main)

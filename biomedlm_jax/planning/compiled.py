@@ -1,0 +1,155 @@
+"""Compiles the step that `train` runs for devices that are not here, and reads off what it needs."""
+
+import dataclasses
+import functools
+import logging
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from biomedlm_jax import hlo, sharding, step
+from biomedlm_jax.config import Config
+from biomedlm_jax.errors import UserError
+from biomedlm_jax.planning import flops, memory, traffic
+from biomedlm_jax.targets import Target
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """A training step as compiled for a target; all numbers are of one device."""
+
+    config: Config
+    target: Target
+    mesh: dict[str, int]
+    devices: list[Any]
+    """In the order of the mesh."""
+    memory: dict[str, int]
+    """Bytes by `memory.PARTS`."""
+    products: list[flops.Product]
+    accesses: list[traffic.Access]
+    collectives: list[hlo.Collective]
+    unknown: tuple[str, ...]
+    """What could not be read off, in sentences."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """All memory that it needs."""
+        return sum(self.memory.values())
+
+
+class OutOfMemory(Exception):
+    """The compiler found that a step does not fit; `memory_bytes` is what it says that is needed, 0 if it says none."""
+
+    def __init__(self, memory_bytes: int):
+        super().__init__(memory_bytes)
+        self.memory_bytes = memory_bytes
+
+
+def check(config: Config, target: Target) -> None:
+    """Refuses what cannot be compiled, before anything is.
+
+    Raises:
+      UserError: the mesh does not multiply to the number of devices, or the batch does not divide over them.
+    """
+    mesh = config.mesh
+    fsdp = target.size // mesh.replica if mesh.fsdp == -1 else mesh.fsdp
+    if mesh.replica * fsdp != target.size:
+        raise UserError(
+            f"mesh.replica x mesh.fsdp must be the number of devices: {mesh.replica} x {fsdp} is not the "
+            f"{target.size:,} of {target}"
+        )
+    batch, parts = config.train.global_batch_size, config.train.gradient_accumulation_steps
+    rows = batch // parts
+    at_once = f"{batch:,} sequences" + (f" in {parts} parts are {rows:,} at once" if parts > 1 else "")
+    if rows < target.size:
+        remedy = "raise train.global_batch_size"
+        if parts > 1:
+            remedy = "lower train.gradient_accumulation_steps"
+        raise UserError(
+            f"{target} has {target.size:,} devices and a step only {at_once}: devices would have none; {remedy}, or "
+            "take fewer devices"
+        )
+    if rows % target.size:
+        raise UserError(
+            f"the batch does not divide over {target}: {at_once}, not a multiple of {target.size:,} devices; change "
+            "train.global_batch_size or train.gradient_accumulation_steps"
+        )
+
+
+def compile_step(config: Config, target: Target) -> CompiledStep:
+    """Compiles a training step.
+
+    Raises:
+      UserError: a package is missing, or the configuration does not fit the target's devices.
+      OutOfMemory: the compiler gave up for want of memory (TPUs only).
+    """
+    check(config, target)
+    # What was compiled before must not stand in for the compiler: it leaves no dump.
+    jax.config.update("jax_enable_compilation_cache", False)
+    mesh = sharding.make_mesh(config.mesh, target.devices())
+    sharding.check_divisible(config, mesh)
+    return compile_on(config, target, mesh)
+
+
+def compile_on(config: Config, target: Target, mesh: Any) -> CompiledStep:
+    """`compile_step` for a mesh that is there already."""
+    state = jax.eval_shape(functools.partial(step.init_state, config))
+    shape = (config.train.global_batch_size, config.model.n_positions)
+    batch: Any = step.Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, bool)))  # type: ignore[arg-type]
+    jitted = step.jit_train_step(config, sharding.tree_shardings(mesh, state), sharding.batch_sharding(mesh))
+    with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
+        traced = jitted.trace(state, batch)
+        products = flops.products(traced.jaxpr.jaxpr, mesh.size)
+        try:
+            compiled = traced.lower().compile(compiler_options={"xla_dump_to": folder})
+        except jax.errors.JaxRuntimeError as error:
+            raise _out_of_memory(error) from error
+        dump, stats = memory.read_dump(Path(folder)), compiled.memory_analysis()
+    unknown: list[str] = []
+    accesses: list[traffic.Access] = []
+    collectives: list[hlo.Collective] = []
+    text = _as_text(compiled) or dump.hlo
+    if text:
+        module = hlo.parse(text)
+        accesses, collectives = traffic.accesses(module), hlo.collectives(module)
+        if module.unknown_loops:
+            unknown.append(f"how often the loops {', '.join(module.unknown_loops)} run: they count once")
+    else:
+        unknown.append("the compiled program, which XLA cannot print: no exchange and no memory traffic is counted")
+    if not dump.live_ranges or not dump.buffers:
+        unknown.append("what is in memory when most of it is used: XLA wrote no dump of its buffers")
+    return CompiledStep(
+        config=config,
+        target=target,
+        mesh=dict(mesh.shape),
+        devices=list(mesh.devices.flat),
+        memory=memory.parts(stats, dump, config, mesh.shape["fsdp"], mesh.size),
+        products=products,
+        accesses=accesses,
+        collectives=collectives,
+        unknown=tuple(unknown),
+    )
+
+
+def _out_of_memory(error: Exception) -> Exception:
+    message = str(error)
+    if "RESOURCE_EXHAUSTED" not in message:
+        return error
+    # "memory required for HLO temporaries (149.06G)", or "Used 17.53G of 15.75G hbm".
+    found = re.search(r"\((\d+\.?\d*)G\) exceeds|[Uu]sed (\d+\.?\d*)G of", message)
+    return OutOfMemory(int(float(found[1] or found[2]) * 2**30) if found else 0)
+
+
+def _as_text(compiled: Any) -> str:
+    """The optimized program; empty where XLA fails to print it (TPU, some asynchronous operations, jax 0.10.2)."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        logger.warning("XLA cannot print the program that it compiled: %s", str(error).splitlines()[0])
+        return ""
