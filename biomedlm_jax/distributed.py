@@ -5,6 +5,7 @@ service, which process 0 runs, under `biomedlm_jax/`:
 
     about/<i>        host, versions, settings and devices of process i
     done/<what>      process 0 has done what the others wait for, and its result
+    lifeline         a port of process 0 that the others are connected to, to see at once when it is killed
     alive/<i>        counts up every second; process 0 looks for one that stands still
     notice/failure   why all end: written by the process that fails, or by process 0 for one that fell silent
     notice/stop      the signal after which all save and end
@@ -16,6 +17,7 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -243,7 +245,7 @@ def _connect(place: Place, settings: RunConfig) -> Any:
     finally:
         timer.cancel()
     # When process 0 dies, JAX's client aborts this process at once, without saying who died. The handler of abort()
-    # is called with the number 6, so `sleep` leaves six seconds to say it (see `_Member._beat`) and to end.
+    # is called with the number 6, so `sleep` leaves six seconds to say it (see `_Member._hold_lifeline`) and to end.
     libc = ctypes.CDLL(None)
     libc.signal(signal.SIGABRT, libc.sleep)
     from jax._src import distributed
@@ -252,11 +254,11 @@ def _connect(place: Place, settings: RunConfig) -> Any:
 
 
 def _wait_for_coordinator(place: Place, timeout: int) -> None:
-    host, _, port = place.address.rpartition(":")
+    host, port = _host_and_port(place.address)
     until = time.monotonic() + timeout
     while True:
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=max(1.0, until - time.monotonic())).close()
+            socket.create_connection((host, port), timeout=max(1.0, until - time.monotonic())).close()
             return
         except OSError as error:
             if time.monotonic() + _PULSE > until:
@@ -266,6 +268,11 @@ def _wait_for_coordinator(place: Place, timeout: int) -> None:
                     "a firewall is between"
                 ) from error
         time.sleep(_PULSE)
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 class _Member(Job):
@@ -281,8 +288,17 @@ class _Member(Job):
         self._silence: dict[int, float] = collections.defaultdict(float)  # seconds since each one's last sign of life
         self._counters: dict[int, str] = {}
         self._leaving, self._ending = threading.Event(), threading.Lock()
-        for work in (self._beat, self._watch):
-            threading.Thread(target=work, name=work.__name__, daemon=True).start()
+        background = [self._beat]
+        if self.index == 0:
+            family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+            self._lifeline = socket.create_server(
+                ("", 0), family=family, backlog=self.count, dualstack_ipv6=family == socket.AF_INET6
+            )
+            self._set("lifeline", self._lifeline.getsockname()[1])
+        else:
+            background += [self._watch, functools.partial(self._hold_lifeline, _host_and_port(place.address)[0])]
+        for work in background:
+            threading.Thread(target=work, daemon=True).start()
 
     # ---- What the run asks for
 
@@ -397,6 +413,7 @@ class _Member(Job):
                 self._silence[0] = 0
                 notices = {key: json.loads(value) for key, value in self._dir("notice")}
                 if "failure" in notices:
+                    self._set_first(f"seen/{self.index}", True)
                     self._end_with(**notices["failure"])
                 if self.index == 0:
                     self._look_for_silence(pulse)
@@ -406,17 +423,26 @@ class _Member(Job):
                     pulse = self._agree(notices["stop"])
             except jax.errors.JaxRuntimeError as error:
                 if not self._leaving.is_set():
-                    self._end_with(0, f"was killed, or cannot be reached ({_line(error)}); {_RESTART}")
+                    self._end_with(0, f"can no longer be reached ({_line(error)}); {_RESTART}")
 
     def _watch(self) -> None:
         """Ends this process when process 0 no longer answers it: `_beat` itself would wait for ever."""
-        if self.index == 0:
-            return
         # Counted in pulses, not read from a clock: a machine that was suspended has not waited for anybody.
         while not self._leaving.wait(_PULSE):
             self._silence[0] += _PULSE
             if self._silence[0] > self._timeout:
                 self._end_with(0, self._silent())
+
+    def _hold_lifeline(self, host: str) -> None:
+        """Ends this process as soon as process 0 is gone, and with it the key-value store and JAX's client."""
+        port = json.loads(self._wait_for("lifeline", "listen"))
+        with contextlib.suppress(OSError), socket.create_connection((host, port)) as lifeline:
+            # Nobody accepts the connection, or writes to it: it ends when the system closes the other side's sockets.
+            lifeline.settimeout(None)
+            with contextlib.suppress(ConnectionError):
+                lifeline.recv(1)
+            if not self._leaving.is_set():
+                self._end_with(0, f"was killed; {_RESTART}")
 
     def _look_for_silence(self, pulse: float) -> None:
         for index, counter in self._all("alive").items():
@@ -445,8 +471,6 @@ class _Member(Job):
 
     def _end_with(self, process: int, message: str) -> NoReturn:
         """Exits because another process has failed."""
-        if self.index:
-            self._set_first(f"seen/{self.index}", True)
         self._end(f"{self._name(process)} {message}", _ENDED_WITH_OTHERS, knowing={self.index, process})
 
     def _end(self, message: str, status: int, knowing: set[int]) -> NoReturn:
