@@ -49,7 +49,7 @@ _DAY = 24 * 3600  # what is watched otherwise may take as long as it likes
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # What begins the messages of JAX that tell of a fault in this process, and not in the exchange with others.
 _OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "NOT_FOUND", "OUT_OF_RANGE")
-# Processes that end because of another one.
+# Status of processes that end because another one was killed or hangs; one that fails shares its own.
 _ENDED_WITH_OTHERS = 1
 _RESTART = "start all processes again to go on from the last checkpoint"
 
@@ -398,7 +398,7 @@ class _Member(Job):
         elif text is None:
             traceback.print_exception(error)
             text, status = f"{type(error).__name__}: {_line(error)}", 1
-        self._set_first("notice/failure", {"process": self.index, "message": f"failed: {text}"})
+        self._set_first("notice/failure", {"process": self.index, "message": f"failed: {text}", "status": status})
         self._end(text, status, knowing={self.index})
 
     # ---- In the background
@@ -469,9 +469,9 @@ class _Member(Job):
         self._tick_lock.release()
         return _PULSE
 
-    def _end_with(self, process: int, message: str) -> NoReturn:
+    def _end_with(self, process: int, message: str, status: int = _ENDED_WITH_OTHERS) -> NoReturn:
         """Exits because another process has failed."""
-        self._end(f"{self._name(process)} {message}", _ENDED_WITH_OTHERS, knowing={self.index, process})
+        self._end(f"{self._name(process)} {message}", status, knowing={self.index, process})
 
     def _end(self, message: str, status: int, knowing: set[int]) -> NoReturn:
         self._ending.acquire()  # for ever, if another thread is at it
