@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -68,13 +68,13 @@ class Place:
     """Who said so, for messages."""
 
 
-def find_place(environ: Mapping[str, str]) -> Place | None:
+def find_place() -> Place | None:
     """This process's place: from JAX_* variables, else a Slurm step, else a TPU slice's metadata; None if it is alone.
 
     Raises:
       UserError: variables are missing, or contradict each other.
     """
-    place = _place_from_variables(environ) or _place_from_slurm(environ) or _place_from_tpu()
+    place = _place_from_variables() or _place_from_slurm() or _place_from_tpu()
     if place is None:
         return None
     if not 0 <= place.index < place.count:
@@ -82,8 +82,8 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
     return place if place.count > 1 else None
 
 
-def _place_from_variables(environ: Mapping[str, str]) -> Place | None:
-    missing = [name for name in _VARIABLES if not environ.get(name)]
+def _place_from_variables() -> Place | None:
+    missing = [name for name in _VARIABLES if not os.environ.get(name)]
     if len(missing) == len(_VARIABLES):
         return None
     if missing:
@@ -91,24 +91,24 @@ def _place_from_variables(environ: Mapping[str, str]) -> Place | None:
             f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: several processes need "
             f"all of {', '.join(_VARIABLES)}; a single one needs none"
         )
-    address = environ[_VARIABLES[0]]
+    address = os.environ[_VARIABLES[0]]
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         raise UserError(f"{_VARIABLES[0]} must be HOST:PORT, not {address!r}")
-    count, index = (_whole_number(environ, name) for name in _VARIABLES[1:])
+    count, index = (_whole_number(name) for name in _VARIABLES[1:])
     return Place(address, count, index, f"{_VARIABLES[1]} and {_VARIABLES[2]}")
 
 
-def _place_from_slurm(environ: Mapping[str, str]) -> Place | None:
+def _place_from_slurm() -> Place | None:
     # A batch script is no step, and what it starts without srun is one process.
-    if not {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"} <= environ.keys():
+    if not {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"} <= os.environ.keys():
         return None
-    count, index = (_whole_number(environ, name) for name in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"))
+    count, index = (_whole_number(name) for name in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"))
     if count <= 1:
         return None
     from jax._src.clusters import SlurmCluster
 
-    address = SlurmCluster.get_coordinator_address(None, environ.get("JAX_COORDINATOR_PORT"))
+    address = SlurmCluster.get_coordinator_address(None, os.environ.get("JAX_COORDINATOR_PORT"))
     return Place(address, count, index, "Slurm")
 
 
@@ -126,11 +126,11 @@ def _place_from_tpu() -> Place | None:
     return None
 
 
-def _whole_number(environ: Mapping[str, str], name: str) -> int:
+def _whole_number(name: str) -> int:
     try:
-        return int(environ[name])
+        return int(os.environ[name])
     except ValueError as error:
-        raise UserError(f"{name} must be a whole number, not {environ[name]!r}") from error
+        raise UserError(f"{name} must be a whole number, not {os.environ[name]!r}") from error
 
 
 class Job:
@@ -191,7 +191,7 @@ def join(config: Config) -> Iterator[Job]:
     Raises:
       UserError: see `find_place`; or the others cannot be reached.
     """
-    place = find_place(os.environ)
+    place = find_place()
     if place is None:
         yield Job()
         return
