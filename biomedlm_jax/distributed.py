@@ -386,7 +386,7 @@ class _Member(Job):
 
     def fail(self, error: BaseException) -> NoReturn:
         """Tells the others why this process fails, and exits."""
-        if _from_elsewhere(error):
+        if isinstance(error, Exception) and _from_elsewhere(error):
             # Another process has probably died: who it was shows when its signs of life stay away.
             logger.warning("an exchange with other processes failed (%s); looking for the one that ended", _line(error))
             time.sleep(self._timeout + 10 * _PULSE)
