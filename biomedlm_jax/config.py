@@ -240,6 +240,19 @@ class RunConfig:
     """Write TensorBoard event files."""
     wandb_project: str = ""
     """Also log to this project of Weights & Biases; needs `pip install wandb`."""
+    connect_timeout: int = 300
+    """Seconds that a process waits at the start until all processes of the run are there."""
+    heartbeat_timeout: int = 30
+    """Seconds without a sign of life after which a process counts as dead, and the others end."""
+    check_bandwidth: bool = False
+    """Measure at the start how fast the devices exchange data."""
+
+    def __post_init__(self) -> None:
+        _require(self.connect_timeout >= 1, f"run.connect_timeout must be at least 1, not {self.connect_timeout}")
+        _require(
+            self.heartbeat_timeout >= 5,
+            f"run.heartbeat_timeout must be at least 5, not {self.heartbeat_timeout}: signs come every second",
+        )
 
 
 @dataclass(frozen=True)
