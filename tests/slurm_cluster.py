@@ -213,7 +213,9 @@ def main() -> int:
         return 2
     with run_cluster() as cluster:
         print(f"{' and '.join(cluster.nodes)} are up; their daemons' logs are in {cluster.folder}/log", file=sys.stderr)
-        return subprocess.run(sys.argv[1:] or [os.environ.get("SHELL", "bash")], env=cluster.env, check=False).returncode
+        return subprocess.run(
+            sys.argv[1:] or [os.environ.get("SHELL", "bash")], env=cluster.env, check=False
+        ).returncode
 
 
 if __name__ == "__main__":
