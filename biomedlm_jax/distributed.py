@@ -5,6 +5,7 @@ service, which process 0 runs, under `biomedlm_jax/`:
 
     about/<i>        host, versions, settings and devices of process i
     done/<what>      process 0 has done what the others wait for, and its result
+    lifeline         a port of process 0 that the others are connected to, to see at once when it is killed
     alive/<i>        counts up every second; process 0 looks for one that stands still
     notice/failure   why all end: written by the process that fails, or by process 0 for one that fell silent
     notice/stop      the signal after which all save and end
@@ -16,6 +17,7 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -25,7 +27,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,7 +49,7 @@ _DAY = 24 * 3600  # what is watched otherwise may take as long as it likes
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # What begins the messages of JAX that tell of a fault in this process, and not in the exchange with others.
 _OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "NOT_FOUND", "OUT_OF_RANGE")
-# Processes that end because of another one.
+# Status of processes that end because another one was killed or hangs; one that fails shares its own.
 _ENDED_WITH_OTHERS = 1
 _RESTART = "start all processes again to go on from the last checkpoint"
 
@@ -66,13 +68,13 @@ class Place:
     """Who said so, for messages."""
 
 
-def find_place(environ: Mapping[str, str]) -> Place | None:
+def find_place() -> Place | None:
     """This process's place: from JAX_* variables, else a Slurm step, else a TPU slice's metadata; None if it is alone.
 
     Raises:
       UserError: variables are missing, or contradict each other.
     """
-    place = _place_from_variables(environ) or _place_from_slurm(environ) or _place_from_tpu()
+    place = _place_from_variables() or _place_from_slurm() or _place_from_tpu()
     if place is None:
         return None
     if not 0 <= place.index < place.count:
@@ -80,8 +82,8 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
     return place if place.count > 1 else None
 
 
-def _place_from_variables(environ: Mapping[str, str]) -> Place | None:
-    missing = [name for name in _VARIABLES if not environ.get(name)]
+def _place_from_variables() -> Place | None:
+    missing = [name for name in _VARIABLES if not os.environ.get(name)]
     if len(missing) == len(_VARIABLES):
         return None
     if missing:
@@ -89,24 +91,24 @@ def _place_from_variables(environ: Mapping[str, str]) -> Place | None:
             f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: several processes need "
             f"all of {', '.join(_VARIABLES)}; a single one needs none"
         )
-    address = environ[_VARIABLES[0]]
+    address = os.environ[_VARIABLES[0]]
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         raise UserError(f"{_VARIABLES[0]} must be HOST:PORT, not {address!r}")
-    count, index = (_whole_number(environ, name) for name in _VARIABLES[1:])
+    count, index = (_whole_number(name) for name in _VARIABLES[1:])
     return Place(address, count, index, f"{_VARIABLES[1]} and {_VARIABLES[2]}")
 
 
-def _place_from_slurm(environ: Mapping[str, str]) -> Place | None:
+def _place_from_slurm() -> Place | None:
     # A batch script is no step, and what it starts without srun is one process.
-    if not {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"} <= environ.keys():
+    if not {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"} <= os.environ.keys():
         return None
-    count, index = (_whole_number(environ, name) for name in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"))
+    count, index = (_whole_number(name) for name in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"))
     if count <= 1:
         return None
     from jax._src.clusters import SlurmCluster
 
-    address = SlurmCluster.get_coordinator_address(None, environ.get("JAX_COORDINATOR_PORT"))
+    address = SlurmCluster.get_coordinator_address(None, os.environ.get("JAX_COORDINATOR_PORT"))
     return Place(address, count, index, "Slurm")
 
 
@@ -124,11 +126,11 @@ def _place_from_tpu() -> Place | None:
     return None
 
 
-def _whole_number(environ: Mapping[str, str], name: str) -> int:
+def _whole_number(name: str) -> int:
     try:
-        return int(environ[name])
+        return int(os.environ[name])
     except ValueError as error:
-        raise UserError(f"{name} must be a whole number, not {environ[name]!r}") from error
+        raise UserError(f"{name} must be a whole number, not {os.environ[name]!r}") from error
 
 
 class Job:
@@ -189,7 +191,7 @@ def join(config: Config) -> Iterator[Job]:
     Raises:
       UserError: see `find_place`; or the others cannot be reached.
     """
-    place = find_place(os.environ)
+    place = find_place()
     if place is None:
         yield Job()
         return
@@ -243,7 +245,7 @@ def _connect(place: Place, settings: RunConfig) -> Any:
     finally:
         timer.cancel()
     # When process 0 dies, JAX's client aborts this process at once, without saying who died. The handler of abort()
-    # is called with the number 6, so `sleep` leaves six seconds to say it (see `_Member._beat`) and to end.
+    # is called with the number 6, so `sleep` leaves six seconds to say it (see `_Member._hold_lifeline`) and to end.
     libc = ctypes.CDLL(None)
     libc.signal(signal.SIGABRT, libc.sleep)
     from jax._src import distributed
@@ -252,11 +254,11 @@ def _connect(place: Place, settings: RunConfig) -> Any:
 
 
 def _wait_for_coordinator(place: Place, timeout: int) -> None:
-    host, _, port = place.address.rpartition(":")
+    host, port = _host_and_port(place.address)
     until = time.monotonic() + timeout
     while True:
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=max(1.0, until - time.monotonic())).close()
+            socket.create_connection((host, port), timeout=max(1.0, until - time.monotonic())).close()
             return
         except OSError as error:
             if time.monotonic() + _PULSE > until:
@@ -266,6 +268,11 @@ def _wait_for_coordinator(place: Place, timeout: int) -> None:
                     "a firewall is between"
                 ) from error
         time.sleep(_PULSE)
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 class _Member(Job):
@@ -281,8 +288,17 @@ class _Member(Job):
         self._silence: dict[int, float] = collections.defaultdict(float)  # seconds since each one's last sign of life
         self._counters: dict[int, str] = {}
         self._leaving, self._ending = threading.Event(), threading.Lock()
-        for work in (self._beat, self._watch):
-            threading.Thread(target=work, name=work.__name__, daemon=True).start()
+        background = [self._beat]
+        if self.index == 0:
+            family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+            self._lifeline = socket.create_server(
+                ("", 0), family=family, backlog=self.count, dualstack_ipv6=family == socket.AF_INET6
+            )
+            self._set("lifeline", self._lifeline.getsockname()[1])
+        else:
+            background += [self._watch, functools.partial(self._hold_lifeline, _host_and_port(place.address)[0])]
+        for work in background:
+            threading.Thread(target=work, daemon=True).start()
 
     # ---- What the run asks for
 
@@ -370,7 +386,7 @@ class _Member(Job):
 
     def fail(self, error: BaseException) -> NoReturn:
         """Tells the others why this process fails, and exits."""
-        if _from_elsewhere(error):
+        if isinstance(error, Exception) and _from_elsewhere(error):
             # Another process has probably died: who it was shows when its signs of life stay away.
             logger.warning("an exchange with other processes failed (%s); looking for the one that ended", _line(error))
             time.sleep(self._timeout + 10 * _PULSE)
@@ -382,7 +398,7 @@ class _Member(Job):
         elif text is None:
             traceback.print_exception(error)
             text, status = f"{type(error).__name__}: {_line(error)}", 1
-        self._set_first("notice/failure", {"process": self.index, "message": f"failed: {text}"})
+        self._set_first("notice/failure", {"process": self.index, "message": f"failed: {text}", "status": status})
         self._end(text, status, knowing={self.index})
 
     # ---- In the background
@@ -397,6 +413,7 @@ class _Member(Job):
                 self._silence[0] = 0
                 notices = {key: json.loads(value) for key, value in self._dir("notice")}
                 if "failure" in notices:
+                    self._set_first(f"seen/{self.index}", True)
                     self._end_with(**notices["failure"])
                 if self.index == 0:
                     self._look_for_silence(pulse)
@@ -406,17 +423,26 @@ class _Member(Job):
                     pulse = self._agree(notices["stop"])
             except jax.errors.JaxRuntimeError as error:
                 if not self._leaving.is_set():
-                    self._end_with(0, f"was killed, or cannot be reached ({_line(error)}); {_RESTART}")
+                    self._end_with(0, f"can no longer be reached ({_line(error)}); {_RESTART}")
 
     def _watch(self) -> None:
         """Ends this process when process 0 no longer answers it: `_beat` itself would wait for ever."""
-        if self.index == 0:
-            return
         # Counted in pulses, not read from a clock: a machine that was suspended has not waited for anybody.
         while not self._leaving.wait(_PULSE):
             self._silence[0] += _PULSE
             if self._silence[0] > self._timeout:
                 self._end_with(0, self._silent())
+
+    def _hold_lifeline(self, host: str) -> None:
+        """Ends this process as soon as process 0 is gone, and with it the key-value store and JAX's client."""
+        port = json.loads(self._wait_for("lifeline", "listen"))
+        with contextlib.suppress(OSError), socket.create_connection((host, port)) as lifeline:
+            # Nobody accepts the connection, or writes to it: it ends when the system closes the other side's sockets.
+            lifeline.settimeout(None)
+            with contextlib.suppress(ConnectionError):
+                lifeline.recv(1)
+            if not self._leaving.is_set():
+                self._end_with(0, f"was killed; {_RESTART}")
 
     def _look_for_silence(self, pulse: float) -> None:
         for index, counter in self._all("alive").items():
@@ -443,11 +469,9 @@ class _Member(Job):
         self._tick_lock.release()
         return _PULSE
 
-    def _end_with(self, process: int, message: str) -> NoReturn:
+    def _end_with(self, process: int, message: str, status: int = _ENDED_WITH_OTHERS) -> NoReturn:
         """Exits because another process has failed."""
-        if self.index:
-            self._set_first(f"seen/{self.index}", True)
-        self._end(f"{self._name(process)} {message}", _ENDED_WITH_OTHERS, knowing={self.index, process})
+        self._end(f"{self._name(process)} {message}", status, knowing={self.index, process})
 
     def _end(self, message: str, status: int, knowing: set[int]) -> NoReturn:
         self._ending.acquire()  # for ever, if another thread is at it

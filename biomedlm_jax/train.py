@@ -28,7 +28,19 @@ from biomedlm_jax.errors import UserError, run_command
 with epy.lazy_imports():
     import jax
 
-    from biomedlm_jax import checkpoint, data, distributed, files, load, metrics, rows, sharding, step, tokenizer
+    from biomedlm_jax import (
+        bandwidth,
+        checkpoint,
+        data,
+        distributed,
+        files,
+        load,
+        metrics,
+        rows,
+        sharding,
+        step,
+        tokenizer,
+    )
 
 logger = logging.getLogger("biomedlm_jax.train")
 
@@ -69,6 +81,8 @@ def _train(config: Config, job: Any) -> int:
         mesh.size,
         jax.devices()[0].device_kind,
     )
+    if config.run.check_bandwidth:
+        bandwidth.log_bandwidth(mesh, job.first)
 
     # ---- The run's folder, and the rows it reads: process 0 makes both, and holds the folder until the end
     with contextlib.ExitStack() as stack:
