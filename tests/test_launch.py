@@ -37,6 +37,16 @@ def write_program(path, text):
     path.chmod(0o755)
 
 
+def place_in(environ):
+    """Where train would stand in that environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+            patch.delenv(name, raising=False)
+        for name, value in environ.items():
+            patch.setenv(name, value)
+        return distributed.find_place()
+
+
 def lost(given, kept, where=""):
     """Paths of what is in `given` and not in `kept`."""
     if isinstance(given, dict):
@@ -147,7 +157,7 @@ def test_each_pod_of_gpus_finds_its_place():
             else:
                 path = variable["valueFrom"]["fieldRef"]["fieldPath"]
                 environ[variable["name"]] = annotations[re.fullmatch(r"metadata\.annotations\['(.*)'\]", path)[1]]
-        places.append(distributed.find_place(environ))
+        places.append(place_in(environ))
     # JobSet calls its pods <jobset>-<replicated job>-<job>-<pod>, in the subdomain <jobset>.
     assert jobset["spec"]["network"]["enableDNSHostnames"]
     host = f"{name}-{jobset['spec']['replicatedJobs'][0]['name']}-0-0.{name}"
@@ -276,14 +286,16 @@ def test_each_host_of_skypilot_finds_its_place(tmp_path, monkeypatch):
         }
         subprocess.run(["bash", "-c", task["run"]], cwd=tmp_path, env=os.environ | skypilot, check=True)
         environ = dict(line.split("=", 1) for line in (tmp_path / "environ").read_text().splitlines() if "=" in line)
-        place = distributed.find_place(environ)
+        place = place_in(environ)
         assert (place.address, place.count, place.index) == ("10.0.0.1:8476", hosts, rank)
         assert 0.5 < float(environ["XLA_PYTHON_CLIENT_MEM_FRACTION"]) < 1
     module, *arguments = (tmp_path / "arguments").read_text().splitlines()[1:]
     assert module == "biomedlm_jax.train"
     monkeypatch.chdir(REPOSITORY)
     config = config_lib.parse_args("train", "", arguments)
-    assert config.run.dir.startswith("/data/") and config_lib.as_paths(config.data.train_files)[0].endswith("*.jsonl.zst")
+    assert config.run.dir.startswith("/data/") and config_lib.as_paths(config.data.train_files)[0].endswith(
+        "*.jsonl.zst"
+    )
 
 
 # ---- TPU VMs
