@@ -20,16 +20,16 @@ pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPT = REPOSITORY / "launch/slurm/train.sbatch"
-STEPS, CHECKPOINT_EVERY = 100, 20
-# Jobs that shall be stopped take a second a step from here on until they are: Slurm may need half a minute for it,
+STEPS, CHECKPOINT_EVERY = 60, 16
+# Jobs that shall be stopped take two seconds a step from here on until they are: Slurm may need half a minute for it,
 # and a fast machine must not be done by then.
-SLOW_FROM = 30
+SLOW_FROM = 24
 SITECUSTOMIZE = f"""
 import os, time
 if "TO_BE_STOPPED" in os.environ and "SLURM_PROCID" in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
     from biomedlm_jax import metrics
     advance = metrics.MetricWriter.advance
-    metrics.MetricWriter.advance = lambda self, step: (advance(self, step), time.sleep(step >= {SLOW_FROM}))
+    metrics.MetricWriter.advance = lambda self, step: (advance(self, step), time.sleep(2 * (step >= {SLOW_FROM})))
 """
 
 
@@ -93,11 +93,11 @@ class Job:
         return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
     def wait_for(self, what, condition):
-        for _ in range(1500):
+        for _ in range(3000):
             if condition():
                 return
             time.sleep(0.2)
-        pytest.fail(f"job {self.id} ({self['JobState']}) is not {what} after five minutes:\n{self.log[-3000:]}")
+        pytest.fail(f"job {self.id} ({self['JobState']}) is not {what} after ten minutes:\n{self.log[-3000:]}")
 
     def wait_for_the_slow_steps(self):
         self.wait_for(f"at step {SLOW_FROM}", lambda: max(self.losses(), default=0) >= SLOW_FROM)
