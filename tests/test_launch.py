@@ -300,7 +300,7 @@ def test_each_host_of_skypilot_finds_its_place(tmp_path, monkeypatch):
 
 # ---- TPU VMs
 
-# Notes its calls (words end with 037, calls with 036); answers from files, a line each time, of which the last one stays.
+# Notes its calls (words end with 037, calls with 036); answers from files, a line each time, the last one for ever.
 FAKE_GCLOUD = """\
 #!/usr/bin/env bash
 here=$(dirname "$0")
