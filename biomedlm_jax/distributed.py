@@ -167,12 +167,11 @@ class Job:
         return contextlib.closing(resource)
 
     def check_devices(self) -> None:
-        """Starts the devices, and logs who has which.
+        """Starts the devices, and logs which process has which.
 
         Raises:
           UserError: processes have different numbers of them.
         """
-        logger.info("devices: %d x %s", jax.device_count(), jax.devices()[0].device_kind)
 
     def check_folder(self, folder: Path) -> None:
         """Makes sure that all see what process 0 has made.
@@ -413,8 +412,7 @@ class _Member(Job):
                 self._silence[0] = 0
                 notices = {key: json.loads(value) for key, value in self._dir("notice")}
                 if "failure" in notices:
-                    self._set_first(f"seen/{self.index}", True)
-                    self._end_with(**notices["failure"])
+                    self._end_with(**notices["failure"], told=True)
                 if self.index == 0:
                     self._look_for_silence(pulse)
                 if self._requested and "stop" not in notices:
@@ -435,14 +433,16 @@ class _Member(Job):
 
     def _hold_lifeline(self, host: str) -> None:
         """Ends this process as soon as process 0 is gone, and with it the key-value store and JAX's client."""
-        port = json.loads(self._wait_for("lifeline", "listen"))
-        with contextlib.suppress(OSError), socket.create_connection((host, port)) as lifeline:
-            # Nobody accepts the connection, or writes to it: it ends when the system closes the other side's sockets.
-            lifeline.settimeout(None)
-            with contextlib.suppress(ConnectionError):
-                lifeline.recv(1)
-            if not self._leaving.is_set():
-                self._end_with(0, f"was killed; {_RESTART}")
+        try:
+            port = json.loads(self._wait_for("lifeline", "listen"))
+            lifeline = socket.create_connection((host, port))
+        except (OSError, jax.errors.JaxRuntimeError):
+            return  # a firewall, perhaps: then JAX's client has the word, or `_watch`
+        # Nobody accepts the connection, or writes to it: it ends when the system closes the other side's sockets.
+        with lifeline, contextlib.suppress(OSError):
+            lifeline.recv(1)
+        if not self._leaving.is_set():
+            self._end_with(0, f"was killed; {_RESTART}")
 
     def _look_for_silence(self, pulse: float) -> None:
         for index, counter in self._all("alive").items():
@@ -469,14 +469,26 @@ class _Member(Job):
         self._tick_lock.release()
         return _PULSE
 
-    def _end_with(self, process: int, message: str, status: int = _ENDED_WITH_OTHERS) -> NoReturn:
+    def _end_with(self, process: int, message: str, status: int = _ENDED_WITH_OTHERS, told: bool = False) -> NoReturn:
         """Exits because another process has failed."""
-        self._end(f"{self._name(process)} {message}", status, knowing={self.index, process})
+        self._end(f"{self._name(process)} {message}", status, {self.index, process}, told)
 
-    def _end(self, message: str, status: int, knowing: set[int]) -> NoReturn:
+    def _end(self, message: str, status: int, knowing: set[int], told: bool = False) -> NoReturn:
+        """Exits with a message.
+
+        Args:
+          knowing: the processes that have heard of it.
+          told: process 0 waits to hear that this process has, too.
+        """
         self._ending.acquire()  # for ever, if another thread is at it
+        # Whatever of the following hangs: nothing is left to wait for.
+        last_resort = threading.Timer(10 * _PULSE, os._exit, [status])
+        last_resort.daemon = True
+        last_resort.start()
         print(f"error: {message}", file=sys.stderr, flush=True)
         sys.stdout.flush()
+        if told:
+            self._set_first(f"seen/{self.index}", True)
         if self.index == 0:
             # The others learn from this process's store why they end, so it must not go before they know.
             until = time.monotonic() + 5 * _PULSE

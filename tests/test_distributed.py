@@ -323,9 +323,9 @@ def test_killed_and_started_again_is_equal_to_the_last_bit(straight, prepared, t
 @pytest.mark.parametrize("process", [0, 1])
 def test_the_others_end_when_one_hangs(prepared, tmp_path, subprocess_env, process):
     config = make_config(prepared, tmp_path / "run")
-    started = Processes([config] * 3, subprocess_env, [1, 1, 1, 1], happening=(process, 4, "SIGSTOP"))
+    started = Processes([config] * 4, subprocess_env, [1] * 4, happening=(process, 4, "SIGSTOP"))
     statuses = started.wait(but={process})
-    for other in {0, 1, 2} - {process}:
+    for other in {0, 1, 2, 3} - {process}:
         assert statuses[other] == 1
         assert f"error: process {process} (" in started.errors(other)[0]
         assert "gave no sign of life for 8 s" in started.errors(other)[0]
