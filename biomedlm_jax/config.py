@@ -324,7 +324,7 @@ def _nearest(key: str) -> str:
 
 
 def _parser(prog: str, description: str) -> _Parser:
-    parser = _Parser(prog=prog, description=description)
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of settings; dotted options win over it.")
     parser.add_class_arguments(Config)
     return parser
