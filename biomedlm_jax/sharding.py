@@ -221,7 +221,7 @@ def gather_all_but_kernels(exchange: Exchange, params: Any) -> Any:
     gathered = _gather_packed(exchange, axes, large, [values[i] for i in packed])
     for i, whole in zip(packed, gathered, strict=True):
         values[i] = whole
-    return treedef.unflatten(values)
+    return jax.tree_util.tree_unflatten(treedef, values)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -73,12 +73,14 @@ def train_step(
 
 def jit_train_step(config: Config, state_shardings: TrainState, batch_sharding: NamedSharding) -> Any:
     """`train_step` compiled for a mesh; the state that it takes is given away for the one it returns."""
+    mesh = batch_sharding.mesh
+    assert isinstance(mesh, Mesh)
     return jax.jit(
-        functools.partial(train_step, config, _exchange(config, batch_sharding.mesh)),
+        functools.partial(train_step, config, _exchange(config, mesh)),
         donate_argnums=0,
         in_shardings=(state_shardings, batch_sharding),
         out_shardings=(state_shardings, None),
-        compiler_options=compiler_options.for_mesh(batch_sharding.mesh),
+        compiler_options=compiler_options.for_mesh(mesh),
     )
 
 
