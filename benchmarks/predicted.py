@@ -1,6 +1,6 @@
 """What `plan` predicts of the published run on pods of many sizes, how that is calibrated, and how true it is.
 
-    python benchmarks/predicted.py                # the table and the picture of docs/scaling.md: half an hour, no device
+    python benchmarks/predicted.py                # the table and the picture of docs/scaling.md: half an hour
     python benchmarks/predicted.py --only h100    # of one device again; the others stay as they were
     python benchmarks/predicted.py --calibrate    # beside published utilization of the same architecture
     python benchmarks/predicted.py --measure      # beside what the GPUs of this machine take: memory and time
@@ -115,8 +115,8 @@ def markdown(found: dict[str, Any]) -> list[str]:
     versions_ = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     lines = [
         "",
-        "| target | mesh replica x fsdp | sequences at once x parts | GB a device | step, ms | exchange: hidden + exposed, "
-        "ms | binds most | MFU | days | device-hours | MWh |",
+        "| target | replica x fsdp | sequences x parts | GB a device | step, ms | exchange, ms: hidden + exposed "
+        "| binds most | MFU | days | device-hours | MWh |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in found["rows"]:
@@ -127,7 +127,8 @@ def markdown(found: dict[str, Any]) -> list[str]:
         lines.append(
             f"| {row['target']} | {row['mesh']['replica']} x {row['mesh']['fsdp']} "
             f"| {settings['sequences_per_device']} x {settings['gradient_accumulation_steps']} "
-            f"| {row['memory']['total'] / 1e9:.1f}{fits} | {row['time']['step'] * 1e3:,.0f} | {hidden:,.0f} + {exposed:,.0f} "
+            f"| {row['memory']['total'] / 1e9:.1f}{fits} | {row['time']['step'] * 1e3:,.0f} "
+            f"| {hidden:,.0f} + {exposed:,.0f} "
             f"| {row['time']['limit']} | {row['mfu']:.0%} | {row['days']:.2f} | {row['device_hours']:,.0f} | {energy} |"
         )
     lines += [

@@ -346,7 +346,7 @@ def test_what_a_run_takes(compiled):
     assert sum(found["memory"]["parts"].values()) == found["memory"]["total"] == compiled.memory_bytes
     text = report.as_text(plan)
     assert all(part in text for part in memory.PARTS) and "not measured" in text and "assumed" in text
-    assert max(map(len, text.splitlines())) <= 160
+    assert max(map(len, text.splitlines())) <= 120
     unknown_power = dataclasses.replace(compiled, target=targets.parse("tpu-v5e:2x4"))
     assert "not published" in "\n".join(report._run(dataclasses.replace(plan, compiled=unknown_power)))
 
