@@ -37,6 +37,7 @@ def main() -> int:
     if options.price is not None and options.price < 0:
         raise UserError(f"--price must not be negative, not {options.price:g}")
     target = targets.parse(options.target)
+    targets.keep_off_devices()
     if options.search:
         return _search(config, target, options)
     try:

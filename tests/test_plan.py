@@ -523,3 +523,24 @@ def test_a_mesh_of_a_target_is_the_configurations(compiled):
     assert compiled.mesh == {"replica": 2, "fsdp": 4}
     assert search.setting_of(compiled.config, compiled.target) == search.Setting(1, 1, False, 4)
     assert compiled.config.mesh == MeshConfig(2, 4)
+
+
+def test_what_the_compilers_say_in_their_own_ways():
+    """A TPU's compiler that gives up, and a program that XLA cannot print."""
+    for message, size in (
+        (
+            "RESOURCE_EXHAUSTED: total memory required for HLO temporaries (149.06G) exceeds available HBM (30.75G)",
+            149.06,
+        ),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm.", 17.5),
+        ("RESOURCE_EXHAUSTED: no more", 0),
+    ):
+        error = compiled_lib._out_of_memory(RuntimeError(message))
+        assert isinstance(error, compiled_lib.OutOfMemory) and error.memory_bytes == int(size * 2**30)
+    other = RuntimeError("INTERNAL: something else")
+    assert compiled_lib._out_of_memory(other) is other
+
+    def as_text():
+        raise jax.errors.JaxRuntimeError("INTERNAL: async-update expects one operand\nand more")
+
+    assert compiled_lib._as_text(types.SimpleNamespace(as_text=as_text)) == ""
