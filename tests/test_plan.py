@@ -316,11 +316,12 @@ def test_the_time_of_a_step_by_hand():
     ]
     time = roofline.step_time(CHIP, ASSUMED, products, accesses, collectives, lambda c: (1e11, "within hosts"))
     forward, backward, optimizer = (time.phases[phase] for phase in flops.PHASES)
-    assert dataclasses.astuple(forward) == pytest.approx((0.040, 0.010, 0.050, 0.011))
-    assert dataclasses.astuple(backward) == pytest.approx((0.050, 0.0, 0.0, 0.062))
-    assert dataclasses.astuple(optimizer) == pytest.approx((0.0, 0.010, 0.0, 0.0))
+    assert dataclasses.astuple(forward)[:4] == pytest.approx((0.040, 0.010, 0.050, 0.011))
+    assert dataclasses.astuple(backward)[:4] == pytest.approx((0.050, 0.0, 0.0, 0.062))
+    assert dataclasses.astuple(optimizer)[:4] == pytest.approx((0.0, 0.010, 0.0, 0.0))
+    assert forward.kinds["gather"] == pytest.approx((0.050, 0.011)) and backward.kinds["gather"] == (0, 0)
+    assert backward.kinds["reduce"] == pytest.approx((0, 0.062)) and forward.kinds["reduce"] == (0, 0)
     assert time.seconds == pytest.approx(0.061 + 0.112 + 0.010)
-    assert (time.gather, time.scatter) == pytest.approx((0.061, 0.062))
     assert time.limit == "network"  # 123 ms, of products 90
     assert roofline.step_time(CHIP, ASSUMED, products, accesses, [], lambda c: (1.0, "")).limit == "products"
 
@@ -340,8 +341,7 @@ def test_what_a_run_takes(compiled):
     assert plan.device_hours == pytest.approx(8 * steps * seconds / 3600)
     assert plan.kwh == pytest.approx(plan.device_hours * 0.4 * 1.2)
     assert plan.mfu == pytest.approx(plan.model_flops / (seconds * 8 * 312e12))
-    found = plan.as_dict()
-    assert json.loads(json.dumps(found)) == found
+    found = json.loads(json.dumps(plan.as_dict()))
     assert found["cost"] == 2 * plan.device_hours and found["co2_kg"] == pytest.approx(plan.kwh * 0.373)
     assert sum(found["memory"]["parts"].values()) == found["memory"]["total"] == compiled.memory_bytes
     text = report.as_text(plan)

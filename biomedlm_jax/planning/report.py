@@ -126,8 +126,6 @@ class Plan:
                 "step": self.time.seconds,
                 "limit": self.time.limit,
                 "phases": {name: dataclasses.asdict(phase) for name, phase in self.time.phases.items()},
-                "gather": self.time.gather,
-                "scatter": self.time.scatter,
             },
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,
