@@ -33,7 +33,7 @@ def causal_attention(
     segment_ids: Int[Array, "batch seq"] | None = None,
     mask: Bool[Array, "batch seq"] | None = None,
     dropout_rate: float = 0.0,
-    dropout_key: Key[Array, ""] | None = None,
+    dropout_keys: Key[Array, "batch"] | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Softmax attention of each position over itself and those before it.
 
@@ -44,19 +44,19 @@ def causal_attention(
       segment_ids: documents packed in a row, as runs of equal ids, which do not attend to each other.
       mask: true for positions that may be attended to; a position that may attend to nothing gets the mean
         of all values, as in Hugging Face's GPT-2.
-      dropout_rate: rate at which probabilities are dropped; needs `dropout_key`.
-      dropout_key: without it nothing is dropped.
+      dropout_rate: rate at which probabilities are dropped; needs `dropout_keys`.
+      dropout_keys: a key for each row; without them nothing is dropped.
 
     Raises:
       UserError: the implementation asked for cannot take the arguments; names the limit.
     """
     if dropout_rate == 0:
-        dropout_key = None
+        dropout_keys = None
     extras = [
         what
         for what, given in (
             ("an attention mask", mask is not None),
-            ("dropout of attention probabilities (model.attn_pdrop)", dropout_key is not None),
+            ("dropout of attention probabilities (model.attn_pdrop)", dropout_keys is not None),
         )
         if given
     ]
@@ -66,7 +66,7 @@ def causal_attention(
         return _flash(qkv, scale, segment_ids, extras)
     if implementation == "cudnn":
         return _cudnn(qkv, scale, extras, segment_ids is not None)
-    return _reference(qkv, scale, segment_ids, mask, dropout_rate, dropout_key)
+    return _reference(qkv, scale, segment_ids, mask, dropout_rate, dropout_keys)
 
 
 def _choose(qkv: Array, extras: list[str], packed: bool) -> Implementation:
@@ -136,7 +136,7 @@ def _cudnn(qkv: Array, scale: Any, extras: list[str], packed: bool) -> Array:
 
 
 def _reference(
-    qkv: Array, scale: Any, segment_ids: Array | None, mask: Array | None, rate: float, dropout_key: Array | None
+    qkv: Array, scale: Any, segment_ids: Array | None, mask: Array | None, rate: float, dropout_keys: Array | None
 ) -> Array:
     """Scores and softmax in float32, products in the inputs' type, unlike `kernels.reference`: O(seq^2) memory."""
     q, k, v = jnp.split(qkv, 3, axis=2)
@@ -147,11 +147,17 @@ def _reference(
     # The lowest finite number, not -inf: a row with nothing allowed stays finite.
     scores = jnp.where(allowed, scores, jnp.finfo(scores.dtype).min)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", dropout(probabilities, rate, dropout_key), v)
+    return jnp.einsum("bhqk,bkhd->bqhd", dropout(probabilities, rate, dropout_keys), v)
 
 
-def dropout(x: Float[Array, "*shape"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "*shape"]:
-    """Zeros at `rate`, the rest scaled to keep the mean; without a key nothing is dropped."""
-    if rate == 0 or key is None:
+def dropout(
+    x: Float[Array, "batch *rest"], rate: float, keys: Key[Array, "batch"] | None
+) -> Float[Array, "batch *rest"]:
+    """Zeros at `rate`, the rest scaled to keep the mean; without keys nothing is dropped.
+
+    Each row draws with a key of its own, so that its mask depends on no other row, nor on where the row lies.
+    """
+    if rate == 0 or keys is None:
         return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(kept, x / (1 - rate), 0)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from biomedlm_jax import config as config_lib
@@ -42,9 +43,10 @@ class Checkpointer:
 
     def __init__(self, run_dir: str | Path, config: TrainConfig):
         folder = checkpoint_folder(run_dir)
-        for unfinished in folder.glob("*.orbax-checkpoint-tmp*"):
-            # Of a crash or a full disk: Orbax gives a checkpoint its name when it is complete.
-            shutil.rmtree(unfinished, ignore_errors=True)
+        if jax.process_index() == 0:
+            for unfinished in folder.glob("*.orbax-checkpoint-tmp*"):
+                # Of a crash or a full disk: Orbax gives a checkpoint its name when it is complete.
+                shutil.rmtree(unfinished, ignore_errors=True)
         options = ocp.CheckpointManagerOptions(max_to_keep=config.keep_last, keep_period=config.keep_every or None)
         self._manager = ocp.CheckpointManager(folder, options=options)
 
@@ -58,6 +60,8 @@ class Checkpointer:
         Raises:
           UserError: this save, or an earlier one in the background, failed; what was complete before stays.
         """
+        # Orbax has exchanges of its own to make its processes wait for each other: none may meet those of a step.
+        jax.block_until_ready(state)
         with self._failures_named():
             self._manager.check_for_errors()
             self._manager.save(
@@ -103,7 +107,7 @@ class Checkpointer:
                     optimizer=ocp.args.StandardRestore(abstract_state.opt_state),
                 ),
             )
-        step_array = jax.device_put(jax.numpy.asarray(step, jax.numpy.int32), abstract_state.step.sharding)
+        step_array = jax.make_array_from_callback((), abstract_state.step.sharding, lambda _: np.int32(step))
         return TrainState(step_array, restored.params, restored.optimizer)
 
     def wait(self) -> None:

@@ -174,6 +174,9 @@ class MeshConfig:
     """Copies of the sharded model."""
     fsdp: int = -1
     """Devices a copy is sharded over; -1 takes all that remain."""
+    reshard_after_forward: bool = True
+    """Gather a layer's weights again in the backward pass; false keeps those of the forward pass: a third less traffic,
+    for 2 bytes a parameter on every device."""
 
     def __post_init__(self) -> None:
         _require(self.replica >= 1, f"mesh.replica must be at least 1, not {self.replica}")
@@ -191,7 +194,7 @@ class TrainConfig:
     global_batch_size: int = 1024
     """Sequences a step, over all devices."""
     gradient_accumulation_steps: int = 1
-    """Parts the global batch is computed in, one after the other; only dropout's masks depend on it."""
+    """Parts the global batch is computed in, one after the other, to save memory; the result is the same."""
     seed: int = 0
     """Seed of the initial weights, of the order of rows, and of dropout."""
     loss_chunk: int = 0
@@ -240,6 +243,19 @@ class RunConfig:
     """Write TensorBoard event files."""
     wandb_project: str = ""
     """Also log to this project of Weights & Biases; needs `pip install wandb`."""
+    connect_timeout: int = 300
+    """Seconds that a process waits at the start until all processes of the run are there."""
+    heartbeat_timeout: int = 30
+    """Seconds without a sign of life after which a process counts as dead, and the others end."""
+    check_bandwidth: bool = False
+    """Measure at the start how fast the devices exchange data."""
+
+    def __post_init__(self) -> None:
+        _require(self.connect_timeout >= 1, f"run.connect_timeout must be at least 1, not {self.connect_timeout}")
+        _require(
+            self.heartbeat_timeout >= 5,
+            f"run.heartbeat_timeout must be at least 5, not {self.heartbeat_timeout}: signs come every second",
+        )
 
 
 @dataclass(frozen=True)
@@ -405,15 +421,11 @@ def differences(before: Config, after: Config) -> list[str]:
     The data are not compared: a checkpoint records the hash of the rows themselves.
     """
     found = []
-    may_change = dict(_MAY_CHANGE)
-    if after.model.dropout:
-        # Each part draws masks of its own.
-        may_change["train"] = may_change["train"] - {"gradient_accumulation_steps"}
     for group in ("model", "optimizer", "train"):
         old, new = (dataclasses.asdict(getattr(config, group)) for config in (before, after))
         found += [
             f"{group}.{name} was {old[name]}, is {new[name]}"
             for name in new
-            if name not in may_change.get(group, ()) and old[name] != new[name]
+            if name not in _MAY_CHANGE.get(group, ()) and old[name] != new[name]
         ]
     return found

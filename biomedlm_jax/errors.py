@@ -51,23 +51,32 @@ def run_command(main: Callable[[], int | None]) -> None:
     )
     try:
         sys.exit(main())
-    except UserError as error:
-        message = str(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.stdout.flush()
         # Threads that compile or save may be at work: leave without taking the interpreter apart under them.
         os._exit(128 + signal.SIGINT)
-    except (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except OSError as error:
-        remedies = {
-            errno.ENOSPC: "make room and start the same command again",
-            errno.EDQUOT: "make room and start the same command again",
-            errno.EROFS: "choose a folder that can be written to",
-        }
-        if error.errno not in remedies:
+    except Exception as error:
+        message = explain(error)
+        if message is None:
             raise
-        message = f"{error.filename or 'writing'}: {error.strerror}; {remedies[error.errno]}"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(USER_ERROR_STATUS)
+
+
+def explain(error: BaseException) -> str | None:
+    """What a user should read of an error, in one line; None for a defect of ours, which keeps its traceback."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(
+        error, FileNotFoundError | FileExistsError | PermissionError | NotADirectoryError | IsADirectoryError
+    ):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    remedies = {
+        errno.ENOSPC: "make room and start the same command again",
+        errno.EDQUOT: "make room and start the same command again",
+        errno.EROFS: "choose a folder that can be written to",
+    }
+    if isinstance(error, OSError) and error.errno in remedies:
+        return f"{error.filename or 'writing'}: {error.strerror}; {remedies[error.errno]}"
+    return None

@@ -101,7 +101,7 @@ def evaluate(
     mesh = sharding.make_mesh(config_lib.MeshConfig(replica=devices // fsdp, fsdp=fsdp))
     abstract = jax.eval_shape(functools.partial(model.init_params, config.model, 0))
     params = load.load_params(path, step_number, sharding.tree_shardings(mesh, abstract))
-    eval_step = jax.jit(functools.partial(step.eval_step, config))
+    eval_step = step.jit_eval_step(config, mesh)
     batches = data.eval_batches(held_out, batch_size * devices, sharding.batch_sharding(mesh))
     count = data.eval_batch_count(held_out, batch_size * devices)
     progress = tqdm(batches, desc="evaluating", unit=" batches", disable=None, total=count)

@@ -6,6 +6,7 @@ Parameter names follow Hugging Face's, `h.attn.c_attn` and so on, with Flax's na
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from biomedlm_jax.attention import causal_attention, dropout
 from biomedlm_jax.config import ModelConfig
 from biomedlm_jax.kernels.flash_attention import CHECKPOINT_NAME
 from biomedlm_jax.loss import head_logits
-from biomedlm_jax.sharding import constrain_rows
+from biomedlm_jax.sharding import GATHERED, GATHERED_AND_KEPT, constrain_rows
 
 # A nested dictionary of arrays: parameters, or anything of their structure.
 Params = dict[str, Any]
@@ -65,9 +66,9 @@ class Attention(nnx.Module):
         x: Float[Array, "batch seq embd"],
         layer: Int[Array, ""],
         mask: Bool[Array, "batch seq"] | None,
-        key: Key[Array, ""] | None,
+        keys: Key[Array, "batch"] | None,
     ) -> Float[Array, "batch seq embd"]:
-        """Mixes positions; `layer` counts from 0, `mask` is false for padding, `key` turns dropout on."""
+        """Mixes positions; `layer` counts from 0, `mask` is false for padding, `keys`, one a row, turn dropout on."""
         config = self.config
         head_dim = config.n_embd // config.n_head
         # https://huggingface.co/stanford-crfm/BioMedLM: scale_attn_by_inverse_layer_idx divides by i + 1.
@@ -76,7 +77,7 @@ class Attention(nnx.Module):
             scale = scale / (layer + 1)
         qkv = self.c_attn(x).reshape(*x.shape[:2], 3 * config.n_head, head_dim)
         out = causal_attention(
-            qkv, scale, implementation=config.attention, mask=mask, dropout_rate=config.attn_pdrop, dropout_key=key
+            qkv, scale, implementation=config.attention, mask=mask, dropout_rate=config.attn_pdrop, dropout_keys=keys
         )
         return self.c_proj(out.reshape(x.shape))
 
@@ -109,23 +110,39 @@ class Block(nnx.Module):
         x: Float[Array, "batch seq embd"],
         layer: Int[Array, ""],
         mask: Bool[Array, "batch seq"] | None,
-        key: Key[Array, ""] | None,
+        keys: Key[Array, "batch"] | None,
     ) -> Float[Array, "batch seq embd"]:
         """The residual stream after the block; arguments as of `Attention`."""
-        attn_key, attn_out_key, mlp_out_key = (None,) * 3 if key is None else jax.random.split(key, 3)
-        x = x + dropout(self.attn(self.ln_1(x), layer, mask, attn_key), self.resid_pdrop, attn_out_key)
-        return x + dropout(self.mlp(self.ln_2(x)), self.resid_pdrop, mlp_out_key)
+        attn_keys, attn_out_keys, mlp_out_keys = (None if keys is None else _fold_in(keys, i) for i in range(3))
+        x = x + dropout(self.attn(self.ln_1(x), layer, mask, attn_keys), self.resid_pdrop, attn_out_keys)
+        return x + dropout(self.mlp(self.ln_2(x)), self.resid_pdrop, mlp_out_keys)
 
 
-# What the backward pass recomputes of a block; None saves everything.
+def _fold_in(keys: Key[Array, "batch"], number: Int[Array, ""] | int) -> Key[Array, "batch"]:
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+
+
+def _save_all_but_gathered(primitive: Any, *operands: Any, **params: Any) -> bool:
+    """The policy that saves everything but gathered weights.
+
+    To a policy, `sharding.gather_kernels` is one operation with a gradient of its own, then the naming of its result;
+    it is the only one of that sort that takes a matrix.
+    """
+    if primitive.name == "name":
+        return params["name"] != GATHERED
+    return not (primitive.name.startswith("custom_vjp_call") and operands[0].ndim == 2)
+
+
+# What the backward pass finds saved of a block, and need not compute again. Weights that were gathered from other
+# devices are saved only where they are to be kept: 2 bytes a parameter, on every device.
 REMAT_POLICIES = {
-    "none": None,
+    "none": _save_all_but_gathered,
     # To the policy, a kernel is no matrix product: its result, and what its backward pass needs, are saved by name.
     "matmuls": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME),
+        jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME, GATHERED_AND_KEPT),
     ),
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "full": jax.checkpoint_policies.save_only_these_names(GATHERED_AND_KEPT),
 }
 
 
@@ -151,7 +168,8 @@ class GPT2(nnx.Module):
         *,
         attention_mask: Bool[Array, "batch seq"] | None = None,
         position_ids: Int[Array, "batch seq"] | None = None,
-        dropout_key: Key[Array, ""] | None = None,
+        dropout_keys: Key[Array, "batch"] | None = None,
+        gather: Callable[[Params], Params] | None = None,
     ) -> Float[Array, "batch seq embd"]:
         """The residual stream after the last LayerNorm, in the compute type.
 
@@ -159,29 +177,28 @@ class GPT2(nnx.Module):
           tokens: ids in [0, vocab_size).
           attention_mask: true for tokens, false for padding, which is never attended to.
           position_ids: where each token stands; 0, 1, 2, ... by default.
-          dropout_key: turns dropout on, at the configuration's rates.
+          dropout_keys: turn dropout on, at the configuration's rates; a key for each row.
+          gather: makes one block's parameters whole, of which this model holds shards; `sharding.gather_kernels`.
         """
         config = self.config
         positions = jnp.arange(tokens.shape[1]) if position_ids is None else position_ids
-        keys = None
         # Looked up in float32, so that the gradients of a word's and a position's many occurrences are summed in it.
         x = constrain_rows((self.wte(tokens) + self.wpe(positions)).astype(config.compute_dtype))
-        if dropout_key is not None:
-            embd_key, blocks_key = jax.random.split(dropout_key)
-            x = dropout(x, config.embd_pdrop, embd_key)
-            keys = jax.random.split(blocks_key, config.n_layer)
-        block_def, block_params = nnx.split(self.h)
+        if dropout_keys is not None:
+            x = dropout(x, config.embd_pdrop, _fold_in(dropout_keys, config.n_layer))
+        block_def, block_state = nnx.split(self.h)
 
-        def block(x: Array, inputs: tuple[Any, Array, Array | None]) -> tuple[Array, None]:
-            params, layer, key = inputs
-            return constrain_rows(nnx.merge(block_def, params)(x, layer, attention_mask, key)), None
+        def block(x: Array, inputs: tuple[Params, Array]) -> tuple[Array, None]:
+            params, layer = inputs
+            keys = None if dropout_keys is None else _fold_in(dropout_keys, layer)
+            params = params if gather is None else gather(params)
+            return constrain_rows(nnx.merge(block_def, params)(x, layer, attention_mask, keys)), None
 
-        policy = REMAT_POLICIES[config.remat]
-        if policy is not None:
-            # A scan keeps its iterations apart, so that the compiler cannot merge what is recomputed with what was
-            # computed first; a loop that is unrolled altogether does not.
-            block = jax.checkpoint(block, policy=policy, prevent_cse=config.unroll >= config.n_layer)
-        inputs = (block_params, jnp.arange(config.n_layer), keys)
+        # A scan keeps its iterations apart, so that the compiler cannot merge what is recomputed with what was
+        # computed first; a loop that is unrolled altogether does not.
+        prevent_cse = config.unroll >= config.n_layer
+        block = jax.checkpoint(block, policy=REMAT_POLICIES[config.remat], prevent_cse=prevent_cse)
+        inputs = (nnx.to_pure_dict(block_state), jnp.arange(config.n_layer))
         x, _ = jax.lax.scan(block, x, inputs, unroll=min(config.unroll, config.n_layer))
         return self.ln_f(x)
 
@@ -191,11 +208,11 @@ class GPT2(nnx.Module):
         *,
         attention_mask: Bool[Array, "batch seq"] | None = None,
         position_ids: Int[Array, "batch seq"] | None = None,
-        dropout_key: Key[Array, ""] | None = None,
+        dropout_keys: Key[Array, "batch"] | None = None,
     ) -> Float[Array, "batch seq vocab"]:
         """Logits of the next token, float32; arguments as in `hidden_states`."""
         hidden = self.hidden_states(
-            tokens, attention_mask=attention_mask, position_ids=position_ids, dropout_key=dropout_key
+            tokens, attention_mask=attention_mask, position_ids=position_ids, dropout_keys=dropout_keys
         )
         return head_logits(hidden, self.wte.embedding[...])
 

@@ -1,8 +1,11 @@
 """Decoupled AdamW and its schedule, as optax transformations."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array, ArrayLike, Float
 
 from biomedlm_jax.config import OptimizerConfig
 
@@ -62,8 +65,21 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     return cosine_with_warmup(config.learning_rate, config.warmup_steps, total_steps, config.final_fraction)
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then Decoupled AdamW under the run's schedule."""
+def clip_by_known_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm` for a norm that is known: `update` takes it as `grad_norm`.
+
+    A step that shards its gradients has the norm from the same exchange as the loss.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None, *, grad_norm: Float[Array, ""], **_: Any) -> Any:
+        scale = jnp.minimum(1, max_norm / grad_norm)
+        return jax.tree.map(lambda x: x * scale, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformationExtraArgs:
+    """Clipping by global norm, then Decoupled AdamW under the run's schedule; `update` takes `grad_norm`."""
     adamw = decoupled_adamw(
         make_schedule(config, total_steps),
         config.learning_rate,
@@ -72,4 +88,6 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
         config.eps,
         weight_decay=config.weight_decay,
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+    if not config.clip_norm:
+        return optax.with_extra_args_support(adamw)
+    return optax.chain(clip_by_known_norm(config.clip_norm), adamw)

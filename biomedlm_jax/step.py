@@ -8,14 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
-from jaxtyping import Array, Bool, Float, Int
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, Key
 
+from biomedlm_jax import compiler_options, sharding
 from biomedlm_jax import model as model_lib
 from biomedlm_jax import optimizer as optimizer_lib
 from biomedlm_jax.config import Config
 from biomedlm_jax.loss import next_token_loss, target_count
 from biomedlm_jax.model import Params
+from biomedlm_jax.sharding import Exchange
 
 
 @jax.tree_util.register_dataclass
@@ -45,22 +48,24 @@ def init_state(config: Config, params: Params | None = None) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
 
-def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """One optimizer step on a global batch.
+def train_step(
+    config: Config, exchange: Exchange, state: TrainState, batch: Batch
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """One optimizer step on a global batch, under the mesh set by `jax.set_mesh`.
 
-    The loss is the mean over the batch's predicted tokens, whatever their spread over the parts of an
+    The loss is the mean over the batch's predicted tokens, whatever their spread over devices and over the parts of an
     accumulated batch, and so is its gradient.
 
     Returns:
       The next state, and 'train/loss' in nats a token, 'train/grad_norm' before clipping, 'train/learning_rate'.
     """
-    loss, grads = _loss_and_grads(config, state, batch)
+    loss, grads, grad_norm = _loss_and_grads(config, exchange, state, batch)
     optimizer = optimizer_lib.make_optimizer(config.optimizer, config.train.steps)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, grad_norm=grad_norm)
     schedule = optimizer_lib.make_schedule(config.optimizer, config.train.steps)
     metrics = {
         "train/loss": loss,
-        "train/grad_norm": optax.tree.norm(grads),
+        "train/grad_norm": grad_norm,
         "train/learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
     }
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
@@ -69,16 +74,34 @@ def train_step(config: Config, state: TrainState, batch: Batch) -> tuple[TrainSt
 def jit_train_step(config: Config, state_shardings: TrainState, batch_sharding: NamedSharding) -> Any:
     """`train_step` compiled for a mesh; the state that it takes is given away for the one it returns."""
     return jax.jit(
-        functools.partial(train_step, config),
+        functools.partial(train_step, config, _exchange(config, batch_sharding.mesh)),
         donate_argnums=0,
         in_shardings=(state_shardings, batch_sharding),
         out_shardings=(state_shardings, None),
+        compiler_options=compiler_options.for_mesh(batch_sharding.mesh),
     )
 
 
 def eval_step(config: Config, params: Params, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The summed loss in nats over a batch's predicted tokens, and their number."""
-    return _summed_loss(config, params, batch, None), target_count(batch.mask)
+    """The summed loss in nats over a batch's predicted tokens, and their number; on one device."""
+    return _summed_loss(config, params, batch), target_count(batch.mask)
+
+
+def jit_eval_step(config: Config, mesh: Mesh) -> Any:
+    """`eval_step` compiled for parameters and batches that lie on a mesh as in training."""
+    exchange = _exchange(config, mesh)
+
+    def on_a_device(params: Params, batch: Batch) -> Float[Array, "2"]:
+        whole = sharding.gather_all_but_kernels(exchange, params)
+        nll = _summed_loss(config, whole, batch, gather=functools.partial(sharding.gather_kernels, exchange))
+        return jax.lax.psum(jnp.stack([nll, target_count(batch.mask)]), sharding.AXES)
+
+    def on_the_mesh(params: Params, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        in_specs = (sharding.tree_specs(params), sharding.BATCH_SPEC)
+        nll, tokens = jax.shard_map(on_a_device, in_specs=in_specs, out_specs=P(), check_vma=False)(params, batch)
+        return nll, tokens
+
+    return jax.jit(on_the_mesh, compiler_options=compiler_options.for_mesh(mesh))
 
 
 def held_out_loss(
@@ -87,7 +110,7 @@ def held_out_loss(
     """The summed loss in nats over the predicted tokens of all batches, and their number.
 
     Args:
-      jitted_eval_step: `eval_step` of a configuration.
+      jitted_eval_step: of `jit_eval_step`.
       stop: asked before each batch whether to give up; what is returned then is of the batches until there.
     """
     nll = tokens = 0.0
@@ -99,31 +122,78 @@ def held_out_loss(
     return nll, tokens
 
 
-def _summed_loss(config: Config, params: Params, batch: Batch, dropout_key: Array | None) -> Float[Array, ""]:
+def _exchange(config: Config, mesh: Mesh) -> Exchange:
+    return Exchange(
+        rings=sharding.find_rings(mesh),
+        replica=mesh.shape["replica"],
+        dtype=jnp.dtype(config.model.compute_dtype),
+        keep=not config.mesh.reshard_after_forward,
+    )
+
+
+def _summed_loss(
+    config: Config,
+    params: Params,
+    batch: Batch,
+    dropout_keys: Key[Array, "batch"] | None = None,
+    gather: Callable[[Params], Params] | None = None,
+) -> Float[Array, ""]:
     model = model_lib.merge(config.model, params)
-    hidden = model.hidden_states(batch.tokens, dropout_key=dropout_key)
+    hidden = model.hidden_states(batch.tokens, dropout_keys=dropout_keys, gather=gather)
     return next_token_loss(hidden, params["wte"]["embedding"], batch.tokens, batch.mask, config.train.loss_chunk)
 
 
-def _loss_and_grads(config: Config, state: TrainState, batch: Batch) -> tuple[Float[Array, ""], Params]:
-    parts = config.train.gradient_accumulation_steps
-    tokens = target_count(batch.mask)
-    step_key = jax.random.fold_in(jax.random.key(config.train.seed), state.step) if config.model.dropout else None
+def _loss_and_grads(
+    config: Config, exchange: Exchange, state: TrainState, batch: Batch
+) -> tuple[Float[Array, ""], Params, Float[Array, ""]]:
+    """The mean loss of a batch, its gradient, and the gradient's norm."""
+    specs = sharding.tree_specs(state.params)
+    row_ids = jnp.arange(batch.tokens.shape[0])
+    totals, grads = jax.shard_map(
+        functools.partial(_sums_on_a_device, config, exchange),
+        in_specs=(specs, P(), sharding.BATCH_SPEC, sharding.BATCH_SPEC),
+        out_specs=(P(), specs),
+        check_vma=False,
+    )(state.params, state.step, batch, row_ids)
+    nll, tokens, squares = totals
+    return nll / tokens, jax.tree.map(lambda x: x / tokens, grads), jnp.sqrt(squares) / tokens
 
-    def part_loss(params: Params, part: Batch, index: Int[Array, ""]) -> Float[Array, ""]:
-        key = None if step_key is None else jax.random.fold_in(step_key, index)
-        # Divided by the tokens of the whole batch, so that parts are summed, however many tokens each has.
-        return _summed_loss(config, params, part, key) / tokens
+
+def _sums_on_a_device(
+    config: Config, exchange: Exchange, params: Params, step: Int[Array, ""], batch: Batch, row_ids: Int[Array, "rows"]
+) -> tuple[Float[Array, "3"], Params]:
+    """What one device does of `_loss_and_grads`, with its shards of the parameters and its rows of the batch.
+
+    Returns:
+      Over all devices: the summed loss, the number of predicted tokens, and the sum of squares of the gradient of the
+      summed loss; and this device's shards of that gradient.
+    """
+    parts = config.train.gradient_accumulation_steps
+
+    def part_loss(params: Params, part: Batch, row_ids: Int[Array, "rows"]) -> Float[Array, ""]:
+        keys = None
+        if config.model.dropout:
+            # By the row's place in the batch, so that masks depend neither on the mesh nor on accumulation.
+            step_key = jax.random.fold_in(jax.random.key(config.train.seed), step)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, row_ids)
+        whole = sharding.gather_all_but_kernels(exchange, params)
+        return _summed_loss(config, whole, part, keys, functools.partial(sharding.gather_kernels, exchange))
 
     loss_and_grads = jax.value_and_grad(part_loss)
     if parts == 1:
-        return loss_and_grads(state.params, batch, 0)
+        nll, grads = loss_and_grads(params, batch, row_ids)
+    else:
 
-    def accumulate(total: Any, inputs: tuple[Batch, Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, loss_and_grads(state.params, *inputs)), None
+        def accumulate(total: Any, inputs: tuple[Batch, Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, loss_and_grads(params, *inputs)), None
 
-    # Every parts-th row, so that each part is spread over all devices and no row moves.
-    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-    zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
-    total, _ = jax.lax.scan(accumulate, zeros, (split, jnp.arange(parts)))
-    return total
+        # Every parts-th row: which part a row is in changes nothing, and the compiler moves none.
+        split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), (batch, row_ids))
+        zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+        (nll, grads), _ = jax.lax.scan(accumulate, zeros, split)
+    if exchange.replica > 1:
+        grads = jax.lax.psum(grads, "replica")
+    # What is one number travels together, at the end. Replicas hold the same shards of the gradient.
+    squares = optax.tree.norm(grads, squared=True) / exchange.replica
+    totals = jax.lax.psum(jnp.stack([nll, target_count(batch.mask), squares]), sharding.AXES)
+    return totals, grads

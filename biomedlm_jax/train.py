@@ -28,7 +28,19 @@ from biomedlm_jax.errors import UserError, run_command
 with epy.lazy_imports():
     import jax
 
-    from biomedlm_jax import checkpoint, data, files, load, metrics, rows, sharding, step, tokenizer
+    from biomedlm_jax import (
+        bandwidth,
+        checkpoint,
+        data,
+        distributed,
+        files,
+        load,
+        metrics,
+        rows,
+        sharding,
+        step,
+        tokenizer,
+    )
 
 logger = logging.getLogger("biomedlm_jax.train")
 
@@ -51,9 +63,16 @@ def train(config: Config) -> int:
         raise UserError("run.dir is not set: say where the run shall live, for instance --run.dir runs/first")
     if config.run.wandb_project:
         metrics.import_wandb()
+    with distributed.join(config) as job:
+        return _train(config, job)
+
+
+def _train(config: Config, job: Any) -> int:
+    """`train` once all processes of the run have met."""
     run_dir = Path(config.run.dir)
 
     # ---- Devices
+    job.check_devices()
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_divisible(config, mesh)
     logger.info(
@@ -62,20 +81,29 @@ def train(config: Config) -> int:
         mesh.size,
         jax.devices()[0].device_kind,
     )
+    if config.run.check_bandwidth:
+        bandwidth.log_bandwidth(mesh, job.first)
 
+    # ---- The run's folder, and the rows it reads: process 0 makes both, and holds the folder until the end
+    with contextlib.ExitStack() as stack:
+        job.first("prepare the rows", functools.partial(_prepare, config, stack))
+        job.check_folder(run_dir)
+        job.check_folder(config.prepared_dir)
+        stack.enter_context(jax.set_mesh(mesh))
+        stack.enter_context(_stop_signal(job))
+        checkpointer = stack.enter_context(job.closing(checkpoint.Checkpointer(run_dir, config.train)))
+        return _run(config, mesh, checkpointer, job)
+
+
+def _prepare(config: Config, stack: contextlib.ExitStack) -> None:
+    run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    with files.lock(run_dir / ".lock", functools.partial(_refuse_busy, run_dir)), jax.set_mesh(mesh):
-        # ---- The run's folder, and the rows it reads
-        _check_run_folder(config, run_dir)
-        rows.ensure_prepared(config)
-        with (
-            _stop_signal() as received,
-            contextlib.closing(checkpoint.Checkpointer(run_dir, config.train)) as checkpointer,
-        ):
-            return _run(config, mesh, checkpointer, received)
+    stack.enter_context(files.lock(run_dir / ".lock", functools.partial(_refuse_busy, run_dir)))
+    _check_run_folder(config, run_dir)
+    rows.ensure_prepared(config)
 
 
-def _run(config: Config, mesh: Any, checkpointer: Any, received: list[int]) -> int:
+def _run(config: Config, mesh: Any, checkpointer: Any, job: Any) -> int:
     """`train` once its folder is its own and the rows are there."""
     run_dir = Path(config.run.dir)
     train_rows, eval_rows = (rows.open_rows(config.prepared_dir, split) for split in ("train", "eval"))
@@ -83,18 +111,18 @@ def _run(config: Config, mesh: Any, checkpointer: Any, received: list[int]) -> i
     identity = data.identity(train_rows, config.train.seed, config.train.global_batch_size)
 
     # ---- The state to start from
-    state, state_shardings = _starting_state(config, mesh, checkpointer, identity)
+    latest = job.first("find the newest checkpoint", checkpointer.latest_step)
+    state, state_shardings = _starting_state(config, mesh, checkpointer, latest, identity)
     start_step = int(state.step)
     if start_step >= config.train.steps:
         logger.info("%s has all its %d steps already", run_dir, start_step)
         return 0
-    config_lib.save_config(config, run_dir / checkpoint.CONFIG_FILE)
-    tokenizer.load_tokenizer(config.prepared_dir / "tokenizer").save(run_dir / checkpoint.TOKENIZER_FOLDER)
+    job.first("describe the run", functools.partial(_describe_run, config))
 
     # ---- The compiled steps, and the batches they take
     batch_sharding = sharding.batch_sharding(mesh)
     train_step = step.jit_train_step(config, state_shardings, batch_sharding)
-    evaluator = _Evaluator(config, eval_rows, batch_sharding)
+    evaluator = _Evaluator(config, eval_rows, batch_sharding, job)
     batches = data.train_batches(
         train_rows,
         config.train.seed,
@@ -107,17 +135,17 @@ def _run(config: Config, mesh: Any, checkpointer: Any, received: list[int]) -> i
 
     # ---- The loop
     done, stop = start_step, False
-    with contextlib.closing(_Record(config, start_step, checkpointer)) as record:
+    with job.closing(_Record(config, start_step, checkpointer, job)) as record:
         if start_step == 0 and config.train.eval_every:
-            record.evaluated(0, evaluator(state.params, received))
+            record.evaluated(0, evaluator(state.params))
         for done, batch in enumerate(batches, start=start_step + 1):
             state, values = train_step(state, batch)
             record.trained(done, values)
             last = done == config.train.steps
             if last or (config.train.eval_every and done % config.train.eval_every == 0):
                 record.check()  # before the evaluation, whose time is not the step's
-                record.evaluated(done, evaluator(state.params, received))
-            stop = bool(received) and not last
+                record.evaluated(done, evaluator(state.params))
+            stop = job.should_stop() and not last
             if last or stop or done % config.train.checkpoint_every == 0:
                 record.check()
                 checkpointer.save(state, {"data": identity})
@@ -126,24 +154,32 @@ def _run(config: Config, mesh: Any, checkpointer: Any, received: list[int]) -> i
                 break
         checkpointer.wait()
     if stop:
-        name = signal.Signals(received[0]).name
+        name = signal.Signals(job.stop_signal).name
         logger.info("stopped by %s: step %d is saved in %s; the same command goes on from there", name, done, run_dir)
-        return 128 + received[0]
-    print(record.summary(eval_rows.entropy if eval_rows else None))
+        return 128 + job.stop_signal
+    if job.index == 0:
+        print(record.summary(eval_rows.entropy if eval_rows else None))
     return 0
+
+
+def _describe_run(config: Config) -> None:
+    run_dir = Path(config.run.dir)
+    config_lib.save_config(config, run_dir / checkpoint.CONFIG_FILE)
+    tokenizer.load_tokenizer(config.prepared_dir / "tokenizer").save(run_dir / checkpoint.TOKENIZER_FOLDER)
 
 
 def _refuse_busy(run_dir: Path) -> None:
     raise UserError(f"{run_dir} is in use by another process: wait for it to end, or choose another run.dir")
 
 
-def _starting_state(config: Config, mesh: Any, checkpointer: Any, identity: dict[str, Any]) -> tuple[Any, Any]:
+def _starting_state(
+    config: Config, mesh: Any, checkpointer: Any, latest: int | None, identity: dict[str, Any]
+) -> tuple[Any, Any]:
     """The state from the first source of weights that there is, on the mesh, and its shardings."""
     init_state = functools.partial(step.init_state, config)
     shardings = sharding.tree_shardings(mesh, jax.eval_shape(init_state))
     jitted_init = jax.jit(init_state, out_shardings=shardings)
     run_dir, init_from = config.run.dir, config.run.init_from
-    latest = checkpointer.latest_step()
     if latest is not None:
         state = checkpointer.restore(latest, jitted_init.eval_shape())
         _check_identity(checkpointer.metadata(latest)["data"], identity, run_dir)
@@ -167,30 +203,32 @@ def _starting_state(config: Config, mesh: Any, checkpointer: Any, identity: dict
 class _Evaluator:
     """The loss on held-out rows, by parameters."""
 
-    def __init__(self, config: Config, eval_rows: Any, batch_sharding: Any):
-        self._rows, self._sharding = eval_rows, batch_sharding
+    def __init__(self, config: Config, eval_rows: Any, batch_sharding: Any, job: Any):
+        self._rows, self._sharding, self._job = eval_rows, batch_sharding, job
         parts = config.train.gradient_accumulation_steps
         # As many rows at once as in training, and the same rows however many that are.
         self._batch_size, self._limit = config.train.global_batch_size // parts, config.train.eval_batches * parts
-        self._step = jax.jit(functools.partial(step.eval_step, config))
+        self._step = step.jit_eval_step(config, batch_sharding.mesh)
 
-    def __call__(self, params: Any, received: list[int]) -> dict[str, float]:
-        """'eval/loss' in nats a token and 'eval/perplexity'; nothing without held-out rows, or if a signal came."""
+    def __call__(self, params: Any) -> dict[str, float]:
+        """'eval/loss' in nats a token and 'eval/perplexity'; nothing without held-out rows, or if it was stopped."""
         if self._rows is None:
             return {}
         batches = data.eval_batches(self._rows, self._batch_size, self._sharding, self._limit)
-        nll, tokens = step.held_out_loss(self._step, params, batches, stop=lambda: bool(received))
-        return {} if received else {"eval/loss": nll / tokens, "eval/perplexity": metrics.perplexity(nll / tokens)}
+        nll, tokens = step.held_out_loss(self._step, params, batches, stop=self._job.should_stop)
+        if self._job.stop_signal:
+            return {}
+        return {"eval/loss": nll / tokens, "eval/perplexity": metrics.perplexity(nll / tokens)}
 
 
 class _Record:
-    """A run's numbers: fetched a step late, so that devices never wait for it, checked, and written."""
+    """A run's numbers: fetched a step late, so that devices never wait for it, checked, and written by process 0."""
 
-    def __init__(self, config: Config, start_step: int, checkpointer: Any):
+    def __init__(self, config: Config, start_step: int, checkpointer: Any, job: Any):
         self.throughput = metrics.Throughput(config)
         self._config, self._start_step, self._checkpointer = config, start_step, checkpointer
         self._tokens_per_step = config.train.global_batch_size * config.model.n_positions
-        self._writer = metrics.MetricWriter(config, start_step)
+        self._writer = metrics.MetricWriter(config, start_step) if job.index == 0 else None
         self._pending: tuple[int, dict[str, Any]] | None = None
         self._first_loss = self._last_loss = math.nan
         self._evaluated: dict[str, float] = {}
@@ -204,7 +242,8 @@ class _Record:
             # The first step compiles, which is no measure of speed.
             jax.block_until_ready(values)
             self.throughput.restart(done)
-        self._writer.advance(done)
+        if self._writer:
+            self._writer.advance(done)
 
     def check(self) -> None:
         """Fetches the numbers taken last, and writes them if it is their turn.
@@ -229,19 +268,24 @@ class _Record:
             self._first_loss = loss
         self._last_loss = loss
         if done == 1 or done % self._config.train.log_every == 0 or done == self._config.train.steps:
-            self._writer.write(done, {"tokens": done * self._tokens_per_step} | numbers | self.throughput.read(done))
+            self._write(done, numbers | self.throughput.read(done))
 
     def evaluated(self, done: int, results: dict[str, float]) -> None:
         """Takes the numbers of an evaluation after step `done`."""
         self.check()
         if results:
             self._evaluated = results
-            self._writer.write(done, {"tokens": done * self._tokens_per_step} | results)
+            self._write(done, results)
         self.throughput.restart(done)
+
+    def _write(self, done: int, numbers: dict[str, Any]) -> None:
+        if self._writer:
+            self._writer.write(done, {"tokens": done * self._tokens_per_step} | numbers)
 
     def close(self) -> None:
         """Writes out everything."""
-        self._writer.close()
+        if self._writer:
+            self._writer.close()
 
     def summary(self, entropy: float | None) -> str:
         """What was learnt and where it lies, in one line."""
@@ -280,9 +324,8 @@ def _check_identity(saved: dict[str, Any], here: dict[str, Any], run_dir: str) -
 
 
 @contextlib.contextmanager
-def _stop_signal() -> Iterator[list[int]]:
-    """Collects the first SIGINT or SIGTERM instead of dying of it; the second one acts as ever."""
-    received: list[int] = []
+def _stop_signal(job: Any) -> Iterator[None]:
+    """Takes the first SIGINT or SIGTERM as a request to stop instead of dying of it; the second one acts as ever."""
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def restore() -> None:
@@ -290,14 +333,14 @@ def _stop_signal() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
     def receive(number: int, frame: Any) -> None:
-        received.append(number)
+        job.request_stop(number)
         restore()
         logger.info("%s: saving after this step; once more to end at once", signal.Signals(number).name)
 
     for number in previous:
         signal.signal(number, receive)
     try:
-        yield received
+        yield
     finally:
         restore()
 

@@ -105,7 +105,7 @@ def test_hopper_prefers_its_own_kernel():
 
 def test_auto_falls_back_for_masks_and_dropout():
     qkv, mask = random_qkv(), jnp.ones((2, 20), bool).at[0, 15:].set(False)
-    for extra in ({"mask": mask}, {"dropout_rate": 0.5, "dropout_key": jax.random.key(0)}):
+    for extra in ({"mask": mask}, {"dropout_rate": 0.5, "dropout_keys": jax.random.split(jax.random.key(0), 2)}):
         np.testing.assert_array_equal(
             causal_attention(qkv, 0.1, **extra), causal_attention(qkv, 0.1, implementation="reference", **extra)
         )
@@ -120,7 +120,7 @@ def test_auto_falls_back_for_masks_and_dropout():
         (
             "flash",
             "cpu",
-            {"dropout_rate": 0.5, "dropout_key": jax.random.key(0)},
+            {"dropout_rate": 0.5, "dropout_keys": jax.random.split(jax.random.key(0), 2)},
             r"not used with dropout .*attn_pdrop",
         ),
         (

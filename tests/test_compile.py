@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
+from biomedlm_jax import compiler_options, hlo, sharding, step, targets
 from biomedlm_jax import config as config_lib
-from biomedlm_jax import sharding, step
+from biomedlm_jax import model as model_lib
+from biomedlm_jax.config import MeshConfig
 
 CONFIG_FILE = Path(__file__).parents[1] / "configs" / "biomedlm_2_7b.yaml"
 
@@ -64,14 +66,16 @@ def test_attention_compiles_for_every_type_and_length(target, dtype, seq, backen
     assert seq < 16_384 or memory.temp_size_in_bytes < 8 * memory.argument_size_in_bytes
 
 
-def lower_the_step_of_the_published_model(target, count):
-    """The training step with eight sequences a device."""
+def lower_the_step_of_the_published_model(name, **mesh_settings):
+    """The training step with eight sequences a device, for a target such as a100-40gb:16x8."""
+    target = targets.parse(name)
     config = tiny.replace(
         config_lib.load_config(CONFIG_FILE),
         model={"attention": "flash", "remat": "matmuls"},
-        train={"global_batch_size": 8 * count},
+        train={"global_batch_size": 8 * target.size},
+        mesh=mesh_settings,
     )
-    mesh = absent_hardware.make_mesh(target, count)
+    mesh = sharding.make_mesh(config.mesh, target.devices())
     state = jax.eval_shape(functools.partial(step.init_state, config))
     shape = (config.train.global_batch_size, config.model.n_positions)
     batch = step.Batch(jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, bool))
@@ -80,36 +84,115 @@ def lower_the_step_of_the_published_model(target, count):
         return jitted.lower(state, batch)
 
 
-@pytest.mark.parametrize(("target", "count"), [("a100-40gb", 8), ("h200", 1), ("v5p", 8)])
-def test_the_step_of_the_published_model_compiles_with_the_kernels_in_it(target, count):
+def text_of(compiled, lowered, target):
+    """The optimized program; where XLA cannot print one that it has compiled for TPUs, what went in is looked at."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        assert target in absent_hardware.TPUS and "async-update" in str(error)
+        assert "tpu_custom_call" in lowered.as_text()
+        pytest.skip(f"this XLA cannot print its program for {target}")
+
+
+@pytest.mark.parametrize(
+    ("target", "name"), [("h200", "h200:1x1"), ("a100-40gb", "a100-40gb:1x8"), ("v5p", "tpu-v5p:2x2x2")]
+)
+def test_the_step_of_the_published_model_compiles_with_the_kernels_in_it(target, name):
     require(target)
-    lowered = lower_the_step_of_the_published_model(target, count)
+    lowered = lower_the_step_of_the_published_model(name)
     compiled = lowered.compile()
     memory = compiled.memory_analysis()
     print(
         f"{target}: {memory.argument_size_in_bytes / 1e9:.1f} GB of state and batch a device, "
         f"{memory.temp_size_in_bytes / 1e9:.1f} GB of temporaries"
     )
-    try:
-        text = compiled.as_text()
-    except jax.errors.JaxRuntimeError as error:
-        # XLA cannot print some programs that it has compiled for TPUs; what went in can be looked at, at least.
-        assert target in absent_hardware.TPUS and "async-update" in str(error)
-        assert "tpu_custom_call" in lowered.as_text()
-        return
+    text = text_of(compiled, lowered, target)
     alone = kernel_calls(absent_hardware.compile_attention(target, 128).as_text())
-    # Layers are scanned, so each kernel is there once: what remat: matmuls recomputes is not the forward kernel.
-    assert kernel_calls(text) == alone
-    # The projection, [8, 1024, 60, 128] on each device in whatever shape, stays where it is.
-    collectives = re.findall(
-        r"= \(?\w+\[([\d,]*)\]\S* .*?(?:all-gather|all-reduce|all-to-all|permute)(?:-start)?\(", text
+    # Each kernel runs once a layer: what remat: matmuls recomputes is not the forward kernel.
+    runs = sum(
+        executions
+        for _, instruction, executions in hlo.parse(text)
+        if instruction.opcode == "custom-call" and kernel_calls(instruction.attributes)
     )
-    sizes = [[int(size) for size in dims.split(",") if size] for dims in collectives]
-    assert count == 1 or sizes
-    weight = 2560 * 7680
-    for shape in sizes:
-        elements = functools.reduce(lambda a, b: a * b, shape, 1)
-        assert not ({60, 7680} & set(shape) and elements > weight), shape
+    assert runs == 32 * alone
+
+
+@pytest.mark.parametrize("reshard_after_forward", [True, False])
+@pytest.mark.parametrize(("target", "name"), [("a100-40gb", "a100-40gb:16x8"), ("v5p", "tpu-v5p:4x4x8")])
+def test_the_published_model_on_a_pod_exchanges_what_fsdp_must_and_hides_it(target, name, reshard_after_forward):
+    require(target)
+    lowered = lower_the_step_of_the_published_model(name, reshard_after_forward=reshard_after_forward)
+    compiled = lowered.compile()
+    memory = compiled.memory_analysis()
+    # Eight sequences, and all that 40 GB hold beside them.
+    assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < 24e9
+    found = hlo.collectives(hlo.parse(text_of(compiled, lowered, target)))
+
+    def sent(**properties):
+        chosen = (c for c in found if all(getattr(c, name) == value for name, value in properties.items()))
+        return sum(c.wire_bytes * c.executions for c in chosen)
+
+    model = config_lib.load_config(CONFIG_FILE).model
+    embeddings = (model.vocab_size + model.n_positions) * model.n_embd
+    weights = model_lib.param_count(model)
+    share = 127 / 128
+    # In bfloat16: all weights for the forward pass, those of the layers once more for the backward pass.
+    gathered = 2 * (weights + (weights - embeddings) * reshard_after_forward) * share
+    # Gradients of layers in bfloat16, of embeddings, sums over many tokens, in float32.
+    scattered = (2 * (weights - embeddings) + 4 * embeddings) * share
+    print(
+        f"{name}: gathered {sent(kind='all-gather') / 1e9:.2f} GB of {gathered / 1e9:.2f}, "
+        f"scattered {sent(kind='reduce-scatter') / 1e9:.2f} GB of {scattered / 1e9:.2f}"
+    )
+    assert sent(kind="all-gather") == pytest.approx(gathered, rel=0.05)
+    assert sent(kind="reduce-scatter") == pytest.approx(scattered, rel=0.05)
+    assert max(c.bytes for c in found if c.kind == "all-reduce") < 1e6
+    # What pads shards to the tiles of a TPU.
+    others = sum(c.wire_bytes * c.executions for c in found if c.kind in ("all-to-all", "collective-permute"))
+    assert others < 0.03 * gathered
+    # Apart, with something to compute between.
+    for kind in ("all-gather", "reduce-scatter"):
+        assert sent(kind=kind, asynchronous=True) > 0.9 * sent(kind=kind), kind
+
+
+def test_replicas_of_a_pod_reduce_shards_only():
+    require("a100-40gb")
+    lowered = lower_the_step_of_the_published_model("a100-40gb:16x8", replica=16)
+    found = hlo.collectives(hlo.parse(lowered.compile().as_text()))
+    model = config_lib.load_config(CONFIG_FILE).model
+    reduced = [c for c in found if c.kind == "all-reduce" and c.bytes > 1e6]
+    shard = 4 * model_lib.param_count(model) / 8
+    assert sum(c.bytes * c.executions for c in reduced) == pytest.approx(shard, rel=0.05)
+    for collective in found:
+        # Weights within a host of eight; shards among the devices in the same place of each host.
+        hosts = {device // 8 for device in collective.groups[0]}
+        if collective.kind in ("all-gather", "reduce-scatter"):
+            assert len(hosts) == 1
+        elif collective in reduced:
+            assert len(hosts) == len(collective.groups[0]) == 16
+
+
+@pytest.mark.parametrize(("target", "name"), [("a100-40gb", "a100-40gb:1x8"), ("v5p", "tpu-v5p:2x2x2")])
+def test_this_compiler_knows_every_option(target, name, monkeypatch, caplog):
+    require(target)
+    mesh = sharding.make_mesh(MeshConfig(), targets.parse(name).devices())
+    chosen = compiler_options.for_mesh(mesh)
+    kind = mesh.devices.flat[0].device_kind
+    for option in compiler_options.OPTIONS:
+        if re.search(option.devices, kind):
+            assert len({spelled for spelled, _ in option.spellings} & set(chosen)) == 1, option
+    assert chosen
+    # What the user sets wins, and what the compiler does not know is named and left out.
+    first = next(iter(chosen))
+    monkeypatch.setenv("LIBTPU_INIT_ARGS" if target == "v5p" else "XLA_FLAGS", f"--{first}=false")
+    assert set(compiler_options.for_mesh(mesh)) == set(chosen) - {first}
+    monkeypatch.undo()
+    unknown = compiler_options.Option((("xla_no_such_option", 1),), ".", "does nothing")
+    monkeypatch.setattr(compiler_options, "OPTIONS", (*compiler_options.OPTIONS, unknown))
+    compiler_options._for_device.cache_clear()
+    assert compiler_options.for_mesh(mesh) == chosen
+    assert "no option xla_no_such_option; left out" in caplog.text
+    compiler_options._for_device.cache_clear()
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -51,7 +51,7 @@ def test_attention_dropout_keeps_the_mean_and_needs_a_key():
     qkv = jax.random.normal(jax.random.key(0), (1, 8, 3, 4))
     sure = causal_attention(qkv, 0.5, dropout_rate=0.4)
     np.testing.assert_array_equal(sure, causal_attention(qkv, 0.5))
-    draws = jax.vmap(lambda key: causal_attention(qkv, 0.5, dropout_rate=0.4, dropout_key=key))(
+    draws = jax.vmap(lambda key: causal_attention(qkv, 0.5, dropout_rate=0.4, dropout_keys=key[None]))(
         jax.random.split(jax.random.key(1), 4000)
     )
     assert float(jnp.std(draws, axis=0).min()) > 0.01
@@ -154,16 +154,16 @@ def test_a_position_sees_only_those_before_it():
 
 def test_dropout_needs_rates_and_a_key():
     params, tokens = big_params(SMALL), random_tokens()
-    key = jax.random.key(0)
+    keys, others = (jax.random.split(jax.random.key(seed), len(tokens)) for seed in (0, 1))
     plain = model_lib.merge(SMALL, params)(tokens)
-    np.testing.assert_array_equal(plain, model_lib.merge(SMALL, params)(tokens, dropout_key=key))
+    np.testing.assert_array_equal(plain, model_lib.merge(SMALL, params)(tokens, dropout_keys=keys))
     for rate in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
         model = model_lib.merge(replace(**{rate: 0.2}), params)
         np.testing.assert_array_equal(plain, model(tokens))
-        dropped = model(tokens, dropout_key=key)
+        dropped = model(tokens, dropout_keys=keys)
         assert float(jnp.abs(dropped - plain).max()) > 1e-3
-        np.testing.assert_array_equal(dropped, model(tokens, dropout_key=key))
-        assert float(jnp.abs(dropped - model(tokens, dropout_key=jax.random.key(1))).max()) > 1e-3
+        np.testing.assert_array_equal(dropped, model(tokens, dropout_keys=keys))
+        assert float(jnp.abs(dropped - model(tokens, dropout_keys=others)).max()) > 1e-3
 
 
 def test_bfloat16_compute_stays_near_float32_and_gives_float32_logits():

@@ -69,7 +69,7 @@ def test_clips_by_the_global_norm(clip_norm):
     )
     params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
     gradients = {"a": jnp.asarray([6.0]), "b": jnp.asarray([8.0])}
-    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params, grad_norm=jnp.float32(10))
     # With these settings Adam's update is -g / (|g| + 1), of the clipped gradient: the norm of (6, 8) is 10.
     norm = 10.0 if clip_norm else 1.0
     np.testing.assert_allclose(updates["a"], -(6 / norm) / (6 / norm + 1), rtol=1e-6)

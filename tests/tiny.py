@@ -36,6 +36,7 @@ class Trainer:
     """The compiled training step on a mesh, and its state."""
 
     def __init__(self, config: Config, mesh: MeshConfig):
+        config = dataclasses.replace(config, mesh=mesh)
         devices = jax.devices()[: mesh.replica * mesh.fsdp]
         self.mesh = sharding.make_mesh(mesh, devices)
         init = functools.partial(step.init_state, config)
