@@ -173,10 +173,28 @@ class Module:
         return {name: executions for name in self.computations if (executions := count(name))}
 
     def op_name(self, computation: Computation, instruction: Instruction) -> str:
-        """The JAX operation that an instruction comes from, or else the loop or call around it; empty if unknown."""
+        """The JAX operation that an instruction comes from; empty if unknown.
+
+        Where the compiler kept none, it is that of something inside (a fusion), of what runs it (a loop), or of its
+        neighbours in a loop.
+        """
+        inner = (other for name in instruction.calls for other in self.computations[name].instructions)
+        for candidate in (instruction, *inner):
+            if candidate.op_name:
+                return candidate.op_name
+        for outer in self.callers.get(computation.name, ()):
+            if name := self.op_name_around(*outer):
+                return name
+        if computation.name == self.entry:
+            return ""
+        return next((other.op_name for other in reversed(computation.instructions) if other.op_name), "")
+
+    def op_name_around(self, computation: Computation, instruction: Instruction) -> str:
+        """The JAX operation of an instruction, or else of what runs it; empty if unknown."""
         if instruction.op_name:
             return instruction.op_name
-        return next((name for outer in self.callers.get(computation.name, ()) if (name := self.op_name(*outer))), "")
+        callers = self.callers.get(computation.name, ())
+        return next((name for outer in callers if (name := self.op_name_around(*outer))), "")
 
     @property
     def unknown_loops(self) -> tuple[str, ...]:
