@@ -35,8 +35,8 @@ SLICES = {8: "2x2x2", 32: "2x4x4", 128: "4x4x8", 512: "8x8x8", 1024: "8x8x16"}
 CHIPS = ("a100-40gb", "a100-80gb", "h100", "tpu-v5p")
 # Copies of the model beyond so many devices: 1,024 do not divide its width of 2,560, and shards get too small.
 MOST_FSDP = 128
-# Sequences at once, which fit into 40 GB with what the configuration recomputes.
-MOST_ROWS = 16
+# Sequences at once, as in the published run: they fit into 40 GB on any of these pods.
+MOST_ROWS = 8
 
 # mosaicml/llm-foundry, scripts/train/benchmarking/README.md: "3b", 2,560 x 32 layers, 20 heads, 50,368 words, nothing
 # recomputed, 1,024 tokens, 8 GPUs: sequences at once, MFU.

@@ -326,7 +326,7 @@ def _nearest(key: str) -> str:
 def _parser(
     prog: str, description: str, add_options: Callable[[jsonargparse.ArgumentParser], None] = lambda parser: None
 ) -> _Parser:
-    parser = _Parser(prog=prog, description=description)
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of settings; dotted options win over it.")
     add_options(parser)
     parser.add_class_arguments(Config)

@@ -258,8 +258,10 @@ def _gather_packed_backward(
         parts = jnp.moveaxis(parts, axis, 0)
         shapes.append(parts.shape[1:])
         by_device.append(parts)
-    # One exchange of all: XLA for TPUs would merge several into one that it does not scatter.
-    packed = exchange.reduce_scatter(jax.vmap(_pack)(by_device).reshape(-1, 128)).reshape(-1)
+    # One exchange of all: XLA for TPUs would merge several into one that it does not scatter. And a barrier behind it:
+    # XLA would cut the pieces out of what it has reduced on every device, instead of scattering that.
+    packed = exchange.reduce_scatter(jax.vmap(_pack)(by_device).reshape(-1, 128))
+    packed = jax.lax.optimization_barrier(packed).reshape(-1)
     ends = np.cumsum([math.prod(shape) for shape in shapes])
     return ([part.reshape(shape) for part, shape in zip(jnp.split(packed, ends)[:-1], shapes, strict=True)],)
 

@@ -288,7 +288,6 @@ def test_each_host_of_skypilot_finds_its_place(tmp_path, monkeypatch):
         environ = dict(line.split("=", 1) for line in (tmp_path / "environ").read_text().splitlines() if "=" in line)
         place = place_in(environ)
         assert (place.address, place.count, place.index) == ("10.0.0.1:8476", hosts, rank)
-        assert 0.5 < float(environ["XLA_PYTHON_CLIENT_MEM_FRACTION"]) < 1
     module, *arguments = (tmp_path / "arguments").read_text().splitlines()[1:]
     assert module == "biomedlm_jax.train"
     monkeypatch.chdir(REPOSITORY)

@@ -88,7 +88,7 @@ def _draw_time(axes: Any, plan: Plan) -> None:
                 axes.barh(rows[kind], hidden * 1e3, left=beside, height=0.75, color=pale)
                 axes.barh(rows[kind], exposed * 1e3, left=left, height=0.75, color=strong)
             beside, left = beside + hidden * 1e3, left + exposed * 1e3
-        if left - start > 0.05 * total:
+        if left - start > 0.1 * total:
             axes.text((start + left) / 2, len(rows) - 0.1, f"{name} {left - start:,.0f} ms", ha="center", va="center")
         axes.axvline(left, color="black", linewidth=0.5, linestyle=":")
     colors = _COMPUTE_COLORS | {f"{kind}, exposed": _EXCHANGE_COLORS[kind][0] for kind in rows if kind != "compute"}
