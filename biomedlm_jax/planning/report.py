@@ -212,7 +212,7 @@ def _head(plan: Plan) -> list[str]:
 
 
 def _memory(plan: Plan) -> list[str]:
-    compiled, capacity = plan.compiled, plan.compiled.target.chip.memory
+    compiled = plan.compiled
     lines = ["memory of a device when it uses most, GB (compiled)"]
     for name, size in compiled.memory.items():
         bar = "#" * min(80, round(40 * size / plan.memory_limit))
@@ -220,10 +220,6 @@ def _memory(plan: Plan) -> list[str]:
     total = compiled.memory_bytes
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     lines.append(f"  {'total':26}{total / GB:8.2f}  {verdict}: {total / plan.memory_limit:.0%} of {_limit(plan)}")
-    if compiled.target.chip.platform == "gpu" and plan.fits and total > 0.75 * capacity:
-        lines.append(
-            f"  set XLA_PYTHON_CLIENT_MEM_FRACTION={plan.assumed.memory_fraction} for train: jax takes 75 % by default"
-        )
     return lines
 
 

@@ -47,7 +47,7 @@ _ASSUMPTIONS = {
         hbm_fraction=0.8,
         link_fraction=0.8,
         latency=30e-6,
-        memory_fraction=0.92,
+        memory_fraction=0.9,  # as `train` has it
         calibration=_MEASURED.format("A100-40GB and A100-80GB", "58 and 63 %"),
     ),
     "h": Assumptions(
@@ -56,7 +56,7 @@ _ASSUMPTIONS = {
         hbm_fraction=0.8,
         link_fraction=0.8,
         latency=30e-6,
-        memory_fraction=0.92,
+        memory_fraction=0.9,  # as `train` has it
         calibration=_MEASURED.format("H100", "46 %") + " (late 2023; software has become faster since)",
     ),
     "tpu": Assumptions(
