@@ -1,11 +1,10 @@
 """What `plan` predicts of the published run on pods of many sizes, how that is calibrated, and how true it is.
 
-    python benchmarks/predicted.py                # the table and the picture of docs/scaling.md: half an hour, no device
+    python benchmarks/predicted.py                # the tables and the pictures of docs/scaling.md: half an hour
     python benchmarks/predicted.py --only h100    # of one device again; the others stay as they were
-    python benchmarks/predicted.py --calibrate    # beside published utilization of the same architecture
     python benchmarks/predicted.py --measure      # beside what the GPUs of this machine take: memory and time
 
-The first three compile for devices that are not here: pip install -e '.[plan]'.
+All of them compile for devices that need not be here: pip install -e '.[plan]'.
 """
 
 import argparse
@@ -27,7 +26,6 @@ ROOT = Path(__file__).parents[1]
 CONFIG_FILE = ROOT / "configs" / "biomedlm_2_7b.yaml"
 RESULTS = ROOT / "benchmarks" / "results"
 DOCS = ROOT / "docs" / "scaling.md"
-BEGIN, END = "<!-- by benchmarks/predicted.py -->", "<!-- end -->"
 
 # https://huggingface.co/stanford-crfm/BioMedLM: 128 A100-40GB, 6.25 days.
 CARD_DAYS = 6.25
@@ -37,8 +35,8 @@ SLICES = {8: "2x2x2", 32: "2x4x4", 128: "4x4x8", 512: "8x8x8", 1024: "8x8x16"}
 CHIPS = ("a100-40gb", "a100-80gb", "h100", "tpu-v5p")
 # Copies of the model beyond so many devices: 1,024 do not divide its width of 2,560, and shards get too small.
 MOST_FSDP = 128
-# Sequences at once, which fit into 40 GB with what the configuration recomputes.
-MOST_ROWS = 16
+# Sequences at once, as in the published run: they fit into 40 GB on any of these pods.
+MOST_ROWS = 8
 
 # mosaicml/llm-foundry, scripts/train/benchmarking/README.md: "3b", 2,560 x 32 layers, 20 heads, 50,368 words, nothing
 # recomputed, 1,024 tokens, 8 GPUs: sequences at once, MFU.
@@ -62,11 +60,13 @@ def configuration(size: int, **train: Any) -> config_lib.Config:
 
 
 def predict(chip: str, size: int) -> dict[str, Any]:
-    from biomedlm_jax.planning import compiled, report
+    from biomedlm_jax.planning import compiled, drawing, report
 
     started = time.monotonic()
     plan = report.make_plan(compiled.compile_step(configuration(size), targets.parse(pod(chip, size))))
     seconds = time.monotonic() - started
+    if (chip, size) == ("a100-40gb", 128):
+        drawing.draw(plan, ROOT / "docs" / "scaling_plan.png")
     print(f"{pod(chip, size)}: {plan.mfu:.1%} MFU, {plan.days:.2f} days ({seconds:.0f} s)", file=sys.stderr, flush=True)
     return plan.as_dict() | {"planned_in_seconds": round(seconds, 1)}
 
@@ -84,29 +84,30 @@ def versions() -> dict[str, str]:
 
 
 def scaling(only: list[str], output: Path) -> None:
-    rows = {row["target"]: row for row in json.loads(output.read_text())["rows"]} if output.is_file() else {}
-    wanted = [(chip, size) for chip in CHIPS for size in SIZES if not only or chip in only or pod(chip, size) in only]
-    for chip, size in wanted:
-        rows[pod(chip, size)] = predict(chip, size)
-        ordered = [rows[pod(c, s)] for c in CHIPS for s in SIZES if pod(c, s) in rows]
-        # After each, so that what was compiled is not lost.
-        output.write_text(
-            json.dumps(
-                {
-                    "command": "python benchmarks/predicted.py",
-                    "date": datetime.date.today().isoformat(),
-                    "versions": versions(),
-                    "predicted, not measured": True,
-                    "rows": ordered,
-                },
-                indent=1,
-            )
-            + "\n"
-        )
-    found = json.loads(output.read_text())
+    """Predicts what is asked for, and writes it beside what was predicted before."""
+    found = json.loads(output.read_text()) if output.is_file() else {"rows": [], "calibration": []}
+    rows = {row["target"]: row for row in found["rows"]}
+    if not only or "calibration" in only:
+        found["calibration"] = calibrate()
+    for chip in CHIPS:
+        for size in SIZES:
+            if not only or chip in only or pod(chip, size) in only:
+                rows[pod(chip, size)] = predict(chip, size)
+            found |= {
+                "command": "python benchmarks/predicted.py",
+                "date": datetime.date.today().isoformat(),
+                "versions": versions(),
+                "predicted, not measured": True,
+                "rows": [rows[pod(c, s)] for c in CHIPS for s in SIZES if pod(c, s) in rows],
+            }
+            # After each, so that what was compiled is not lost.
+            output.write_text(json.dumps(found, indent=1) + "\n")
     text = DOCS.read_text()
-    table = "\n".join((BEGIN, *markdown(found), END))
-    DOCS.write_text(re.sub(rf"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: table, text, flags=re.DOTALL))
+    for name, lines in (("predicted", markdown(found)), ("calibration", calibration_table(found["calibration"]))):
+        begin, end = f"<!-- {name}: by benchmarks/predicted.py -->", "<!-- end -->"
+        table = "\n".join((begin, *lines, end))
+        text = re.sub(rf"{re.escape(begin)}.*?{re.escape(end)}", lambda _, table=table: table, text, flags=re.DOTALL)
+    DOCS.write_text(text)
     draw(found["rows"], ROOT / "docs" / "scaling.png")
 
 
@@ -115,8 +116,8 @@ def markdown(found: dict[str, Any]) -> list[str]:
     versions_ = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     lines = [
         "",
-        "| target | mesh replica x fsdp | sequences at once x parts | GB a device | step, ms | exchange: hidden + exposed, "
-        "ms | binds most | MFU | days | device-hours | MWh |",
+        "| target | replica x fsdp | sequences x parts | GB a device | step, ms | exchange, ms: hidden + exposed "
+        "| binds most | MFU | days | device-hours | MWh |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in found["rows"]:
@@ -127,7 +128,8 @@ def markdown(found: dict[str, Any]) -> list[str]:
         lines.append(
             f"| {row['target']} | {row['mesh']['replica']} x {row['mesh']['fsdp']} "
             f"| {settings['sequences_per_device']} x {settings['gradient_accumulation_steps']} "
-            f"| {row['memory']['total'] / 1e9:.1f}{fits} | {row['time']['step'] * 1e3:,.0f} | {hidden:,.0f} + {exposed:,.0f} "
+            f"| {row['memory']['total'] / 1e9:.1f}{fits} | {row['time']['step'] * 1e3:,.0f} "
+            f"| {hidden:,.0f} + {exposed:,.0f} "
             f"| {row['time']['limit']} | {row['mfu']:.0%} | {row['days']:.2f} | {row['device_hours']:,.0f} | {energy} |"
         )
     lines += [
@@ -169,11 +171,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         figure.savefig(path, dpi=150)
 
 
-def calibrate() -> None:
-    """The published architecture, its products kept: what they keep besides costs no products."""
+def calibrate() -> list[dict[str, Any]]:
+    """Utilization of the published architecture beside what was published of it.
+
+    Its matrix products are kept, so none is computed twice, as in the published runs.
+    """
     from biomedlm_jax.planning import compiled, report
 
-    print(f"{'GPU':12}{'published':>10}{'predicted':>10}   with the exchange hidden, as theirs is nearly")
+    found = []
     for chip, (rows, published) in PUBLISHED.items():
         config = configuration(8, global_batch_size=8 * rows, gradient_accumulation_steps=1, loss_chunk=0)
         config = dataclasses.replace(
@@ -181,7 +186,20 @@ def calibrate() -> None:
         )
         plan = report.make_plan(compiled.compile_step(config, targets.parse(f"{chip}:1x8")))
         hidden = plan.mfu * plan.time.seconds / (plan.time.seconds - plan.time.total("exposed"))
-        print(f"{chip:12}{published:10.1%}{plan.mfu:10.1%}   {hidden:.1%}", flush=True)
+        row = {"target": f"{chip}:1x8", "sequences": rows, "published": published, "mfu": plan.mfu, "hidden": hidden}
+        print(row, file=sys.stderr, flush=True)
+        found.append(row)
+    return found
+
+
+def calibration_table(rows: list[dict[str, Any]]) -> list[str]:
+    """The table of docs/scaling.md."""
+    lines = ["", "| 8 GPUs | sequences at once | MFU published | predicted | predicted, all exchange hidden |"]
+    lines.append("|---|---|---|---|---|")
+    for row in rows:
+        numbers = (f"{row[name]:.1%}" for name in ("published", "mfu", "hidden"))
+        lines.append(f"| {row['target']} | {row['sequences']} | {' | '.join(numbers)} |")
+    return [*lines, ""]
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -272,9 +290,7 @@ def take_steps(config: config_lib.Config, steps: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--calibrate", action="store_true")
-    mode.add_argument("--measure", action="store_true")
+    parser.add_argument("--measure", action="store_true", help="take real steps on this machine's GPUs")
     parser.add_argument(
         "--only", nargs="*", default=[], metavar="CHIP", help="devices, or single targets, to plan again"
     )
@@ -284,9 +300,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="--measure: timed steps")
     parser.add_argument("--output", type=Path, help="JSON file; by default in benchmarks/results")
     options = parser.parse_args()
-    if options.calibrate:
-        calibrate()
-    elif options.measure:
+    if options.measure:
         measure(options)
     else:
         scaling(options.only, options.output or RESULTS / "predicted.json")

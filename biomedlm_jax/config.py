@@ -323,9 +323,12 @@ def _nearest(key: str) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _parser(prog: str, description: str) -> _Parser:
+def _parser(
+    prog: str, description: str, add_options: Callable[[jsonargparse.ArgumentParser], None] = lambda parser: None
+) -> _Parser:
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of settings; dotted options win over it.")
+    add_options(parser)
     parser.add_class_arguments(Config)
     return parser
 
@@ -352,8 +355,7 @@ def parse_args_with(
     args: list[str] | None = None,
 ) -> tuple[Config, jsonargparse.Namespace]:
     """`parse_args` for a command with options of its own, which `add_options` adds; returns their values, too."""
-    parser = _parser(f"python -m biomedlm_jax.{command}", description)
-    add_options(parser)
+    parser = _parser(f"python -m biomedlm_jax.{command}", description, add_options)
     values = jsonargparse.Namespace()
 
     def parse() -> jsonargparse.Namespace:

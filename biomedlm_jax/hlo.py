@@ -173,10 +173,28 @@ class Module:
         return {name: executions for name in self.computations if (executions := count(name))}
 
     def op_name(self, computation: Computation, instruction: Instruction) -> str:
-        """The JAX operation that an instruction comes from, or else the loop or call around it; empty if unknown."""
+        """The JAX operation that an instruction comes from; empty if unknown.
+
+        Where the compiler kept none, it is that of something inside (a fusion), of what runs it (a loop), or of its
+        neighbours in a loop.
+        """
+        inner = (other for name in instruction.calls for other in self.computations[name].instructions)
+        for candidate in (instruction, *inner):
+            if candidate.op_name:
+                return candidate.op_name
+        for outer in self.callers.get(computation.name, ()):
+            if name := self.op_name_around(*outer):
+                return name
+        if computation.name == self.entry:
+            return ""
+        return next((other.op_name for other in reversed(computation.instructions) if other.op_name), "")
+
+    def op_name_around(self, computation: Computation, instruction: Instruction) -> str:
+        """The JAX operation of an instruction, or else of what runs it; empty if unknown."""
         if instruction.op_name:
             return instruction.op_name
-        return next((name for outer in self.callers.get(computation.name, ()) if (name := self.op_name(*outer))), "")
+        callers = self.callers.get(computation.name, ())
+        return next((name for outer in callers if (name := self.op_name_around(*outer))), "")
 
     @property
     def unknown_loops(self) -> tuple[str, ...]:
@@ -197,17 +215,26 @@ class Module:
         known = re.search(r'known_trip_count"?[:=]\{"?n"?:"?(\d+)', loop.attributes)
         if known:
             return int(known[1])
-        # XLA for TPUs does not say: i < 32 in the condition, and where i starts.
+        # XLA does not always say: i < 32 in the condition, and where i starts.
         condition = self.computations.get(loop.called("condition"))
-        if condition is None or len(condition.instructions[-1].operands) != 2:
+        if condition is None:
             return None
-        compare = condition.instructions[-1]
-        left, right = (condition.by_name.get(name) for name in compare.operands)
+        compare = root = condition.instructions[-1]
+        sides: list[Instruction | None] = [condition.by_name.get(name) for name in root.operands]
+        if root.opcode == "fusion" and root.calls:
+            # Constants may be inside the fusion, what comes from outside is a parameter of it.
+            body, outside = self.computations[root.calls[0]], sides
+            compare = body.instructions[-1]
+            sides = [body.by_name.get(name) for name in compare.operands]
+            sides = [
+                outside[int(side.operands[0])] if side is not None and side.opcode == "parameter" else side
+                for side in sides
+            ]
         direction = re.search(r"direction=(\w+)", compare.attributes)
-        if compare.opcode == "fusion" and compare.calls:
-            inner = self.computations[compare.calls[0]].instructions[-1]
-            direction = re.search(r"direction=(\w+)", inner.attributes)
-        if direction is None or left is None or right is None or left.opcode != "get-tuple-element":
+        if direction is None or len(sides) != 2:
+            return None
+        left, right = sides
+        if left is None or right is None or left.opcode != "get-tuple-element":
             return None
         end, index = _constant(right), re.search(r"index=(\d+)", left.attributes)
         if end is None or index is None or direction[1] not in ("LT", "LE"):

@@ -37,31 +37,42 @@ def main() -> int:
     if options.price is not None and options.price < 0:
         raise UserError(f"--price must not be negative, not {options.price:g}")
     target = targets.parse(options.target)
+    targets.keep_off_devices()
     if options.search:
         return _search(config, target, options)
     try:
-        plan = report.make_plan(compiled_lib.compile_step(config, target), options.price)
+        compiled = compiled_lib.compile_step(config, target)
     except compiled_lib.OutOfMemory as error:
+        # TPUs: the compiler gives up, and there is nothing else to tell.
         needed = f"{error.memory_bytes / 1e9:.1f} GB" if error.memory_bytes else "more memory than there is"
-        print(f"does not fit: the compiler for {target} needs {needed} a device", file=sys.stderr)
-        return _advise(config, target, None)
+        print(f"does not fit: the compiler for {target} needs {needed} of a device", file=sys.stderr)
+        advice = _advise(config, target, None)
+        if options.json:
+            memory = {"total": error.memory_bytes, "limit": report.memory_limit(target), "fits": False}
+            print(json.dumps({"target": str(target), "memory": memory, "nearest_that_fits": advice}, indent=2))
+        return 1
+    plan = report.make_plan(compiled, options.price)
     if options.plot:
         drawing.draw(plan, options.plot)
-    print(json.dumps(plan.as_dict(), indent=2) if options.json else report.as_text(plan))
-    return 0 if plan.fits else _advise(config, target, plan.compiled)
+    if not options.json:
+        print(report.as_text(plan), flush=True)
+    advice = None if plan.fits else _advise(config, target, compiled)
+    if options.json:
+        print(json.dumps(plan.as_dict() | ({} if plan.fits else {"nearest_that_fits": advice}), indent=2))
+    return 0 if plan.fits else 1
 
 
-def _advise(config: Config, target: targets.Target, compiled: Any) -> int:
-    """Says which setting fits; returns the exit status."""
+def _advise(config: Config, target: targets.Target, compiled: Any) -> str | None:
+    """The options that make the run fit, also said to the user; None if none do."""
     logger.info("looking for the nearest setting that fits")
     plan = search.nearest_fit(config, target, compiled)
     if plan is None:
         print(f"no setting fits into {target}: take more devices, or larger ones", file=sys.stderr)
-    else:
-        gigabytes = plan.compiled.memory_bytes / 1e9
-        options = search.changes(config, plan.compiled.config)
-        print(f"the nearest that fits, {gigabytes:.1f} GB, {plan.mfu:.1%} MFU: {options}", file=sys.stderr)
-    return 1
+        return None
+    options = search.changes(config, plan.compiled.config)
+    gigabytes = plan.compiled.memory_bytes / 1e9
+    print(f"the nearest that fits, {gigabytes:.1f} GB, {plan.mfu:.1%} MFU: {options}", file=sys.stderr)
+    return options
 
 
 def _search(config: Config, target: targets.Target, options: Any) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 from biomedlm_jax.errors import UserError
 
-GB, GiB = 10**9, 2**30
+GB, MiB, GiB = 10**9, 2**20, 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Chip:
     power: float | None
     """Watts; None where none is published."""
     source: str
-    max_per_host: int = 4
+    max_per_host: int = 0
+    """Of GPUs: the most that any host has."""
     xla: dict[str, Any] | None = None
     """What XLA's GPU compiler asks of a device."""
 
@@ -64,103 +65,120 @@ _HOPPER = {
     "l2": 50 << 20,
 }
 _A100_SOURCE = "NVIDIA A100 data sheet; memory: nvidia-smi; network: 8 x 200 Gb/s a host (DGX A100)"
-_H100_SOURCE = "NVIDIA {} data sheet; memory: nvidia-smi; network: 8 x 400 Gb/s a host (DGX)"
+_H100_SOURCE = "NVIDIA H100 SXM and H200 data sheets; memory: nvidia-smi; network: 8 x 400 Gb/s a host (DGX)"
 _TPU_SOURCE = (
     "Google Cloud's page of the TPU; memory: what libtpu's compiler says is available; a link: the page's bandwidth of "
     "a chip over its links"
 )
 
 
-def _gpu(
-    name: str,
-    kind: str,
-    memory_mib: int,
-    hbm: float,
-    peak: float,
-    nvlink: float,
-    network: float,
-    power: float,
-    source: str,
-    xla: dict[str, Any],
-    max_per_host: int = 8,
-) -> Chip:
-    return Chip(
-        name,
-        "gpu",
-        kind,
-        memory_mib * 2**20,
-        hbm * GB,
-        peak,
-        nvlink * GB,
-        network * GB,
-        power,
-        source,
-        max_per_host,
-        xla,
-    )
-
-
-def _tpu(name: str, kind: str, memory_gib: float, hbm: float, peak: float, link: float, power: float | None) -> Chip:
-    source = _TPU_SOURCE + ("; power: mean of Jouppi et al. 2023, arXiv:2304.01433" if power else "")
-    return Chip(name, "tpu", kind, int(memory_gib * GiB), hbm * GB, peak, link * GB, 0.0, power, source)
-
-
 CHIPS = {
     chip.name: chip
     for chip in (
-        _gpu(
-            "a100-40gb",
-            "NVIDIA A100-SXM4-40GB",
-            40_960,
-            1_555,
-            312e12,
-            300,
-            25,
-            400,
-            _A100_SOURCE,
-            _AMPERE | {"memory": 42 * GB},
+        Chip(
+            name="a100-40gb",
+            platform="gpu",
+            kind="NVIDIA A100-SXM4-40GB",
+            memory=40_960 * MiB,
+            hbm_bandwidth=1_555 * GB,
+            peak_flops=312e12,
+            link_bandwidth=300 * GB,
+            network_bandwidth=25 * GB,
+            power=400,
+            source=_A100_SOURCE,
+            xla=_AMPERE | {"memory": 42 * GB},
             max_per_host=16,
         ),
-        _gpu(
-            "a100-80gb",
-            "NVIDIA A100-SXM4-80GB",
-            81_920,
-            2_039,
-            312e12,
-            300,
-            25,
-            400,
-            _A100_SOURCE,
-            _AMPERE | {"memory": 84 * GB},
+        Chip(
+            name="a100-80gb",
+            platform="gpu",
+            kind="NVIDIA A100-SXM4-80GB",
+            memory=81_920 * MiB,
+            hbm_bandwidth=2_039 * GB,
+            peak_flops=312e12,
+            link_bandwidth=300 * GB,
+            network_bandwidth=25 * GB,
+            power=400,
+            source=_A100_SOURCE,
+            xla=_AMPERE | {"memory": 84 * GB},
+            max_per_host=8,
         ),
-        _gpu(
-            "h100",
-            "NVIDIA H100 80GB HBM3",
-            81_559,
-            3_350,
-            989e12,
-            450,
-            50,
-            700,
-            _H100_SOURCE.format("H100 SXM"),
-            _HOPPER | {"memory": 84 * GB},
+        Chip(
+            name="h100",
+            platform="gpu",
+            kind="NVIDIA H100 80GB HBM3",
+            memory=81_559 * MiB,
+            hbm_bandwidth=3_350 * GB,
+            peak_flops=989e12,
+            link_bandwidth=450 * GB,
+            network_bandwidth=50 * GB,
+            power=700,
+            source=_H100_SOURCE,
+            xla=_HOPPER | {"memory": 84 * GB},
+            max_per_host=8,
         ),
-        _gpu(
-            "h200",
-            "NVIDIA H200",
-            143_771,
-            4_800,
-            989e12,
-            450,
-            50,
-            700,
-            _H100_SOURCE.format("H200"),
-            _HOPPER | {"memory": 150 * GB},
+        Chip(
+            name="h200",
+            platform="gpu",
+            kind="NVIDIA H200",
+            memory=143_771 * MiB,
+            hbm_bandwidth=4_800 * GB,
+            peak_flops=989e12,
+            link_bandwidth=450 * GB,
+            network_bandwidth=50 * GB,
+            power=700,
+            source=_H100_SOURCE,
+            xla=_HOPPER | {"memory": 150 * GB},
+            max_per_host=8,
         ),
-        _tpu("tpu-v4", "TPU v4", 30.75, 1_228, 275e12, 50, 170),
-        _tpu("tpu-v5e", "TPU v5 lite", 15.75, 819, 197e12, 50, None),
-        _tpu("tpu-v5p", "TPU v5", 95.73, 2_765, 459e12, 100, None),
-        _tpu("tpu-v6e", "TPU v6 lite", 31.24, 1_640, 918e12, 100, None),
+        Chip(
+            name="tpu-v4",
+            platform="tpu",
+            kind="TPU v4",
+            memory=int(30.75 * GiB),
+            hbm_bandwidth=1_228 * GB,
+            peak_flops=275e12,
+            link_bandwidth=50 * GB,
+            network_bandwidth=0,
+            power=170,
+            source=_TPU_SOURCE + "; power: mean of Jouppi et al. 2023, arXiv:2304.01433",
+        ),
+        Chip(
+            name="tpu-v5e",
+            platform="tpu",
+            kind="TPU v5 lite",
+            memory=int(15.75 * GiB),
+            hbm_bandwidth=819 * GB,
+            peak_flops=197e12,
+            link_bandwidth=50 * GB,
+            network_bandwidth=0,
+            power=None,
+            source=_TPU_SOURCE,
+        ),
+        Chip(
+            name="tpu-v5p",
+            platform="tpu",
+            kind="TPU v5",
+            memory=int(95.73 * GiB),
+            hbm_bandwidth=2_765 * GB,
+            peak_flops=459e12,
+            link_bandwidth=100 * GB,
+            network_bandwidth=0,
+            power=None,
+            source=_TPU_SOURCE,
+        ),
+        Chip(
+            name="tpu-v6e",
+            platform="tpu",
+            kind="TPU v6 lite",
+            memory=int(31.24 * GiB),
+            hbm_bandwidth=1_640 * GB,
+            peak_flops=918e12,
+            link_bandwidth=100 * GB,
+            network_bandwidth=0,
+            power=None,
+            source=_TPU_SOURCE,
+        ),
     )
 }
 

@@ -197,6 +197,21 @@ def test_loops_multiply_and_those_of_unknown_length_are_told():
     assert {instruction.name: n for _, instruction, n in module}["d"] == 12  # in a fusion in the loop
     text = GPU.replace('"known_trip_count":{"n":"12"},', "")
     assert by_name(text)["all-gather-start"].executions == 12  # from the condition
+    fused = text.replace(
+        "ROOT %less = pred[] compare(%i.1, %end), direction=LT",
+        "ROOT %less = pred[] fusion(%i.1), kind=kLoop, calls=%compare",
+    ).replace(
+        "%condition (arg.1",
+        """%compare (p.9: s32[]) -> pred[] {
+  %p.9 = s32[] parameter(0)
+  %end.9 = s32[] constant(11)
+  ROOT %less.9 = pred[] compare(%p.9, %end.9), direction=LE
+}
+
+%condition (arg.1""",
+        1,
+    )
+    assert "%compare (p.9" in fused and by_name(fused)["all-gather-start"].executions == 12
     text = text.replace("direction=LT", "direction=NE")
     assert hlo.parse(text).unknown_loops == ("while.1",)
     assert by_name(text)["all-gather-start"].executions == 1

@@ -316,11 +316,12 @@ def test_the_time_of_a_step_by_hand():
     ]
     time = roofline.step_time(CHIP, ASSUMED, products, accesses, collectives, lambda c: (1e11, "within hosts"))
     forward, backward, optimizer = (time.phases[phase] for phase in flops.PHASES)
-    assert dataclasses.astuple(forward) == pytest.approx((0.040, 0.010, 0.050, 0.011))
-    assert dataclasses.astuple(backward) == pytest.approx((0.050, 0.0, 0.0, 0.062))
-    assert dataclasses.astuple(optimizer) == pytest.approx((0.0, 0.010, 0.0, 0.0))
+    assert dataclasses.astuple(forward)[:4] == pytest.approx((0.040, 0.010, 0.050, 0.011))
+    assert dataclasses.astuple(backward)[:4] == pytest.approx((0.050, 0.0, 0.0, 0.062))
+    assert dataclasses.astuple(optimizer)[:4] == pytest.approx((0.0, 0.010, 0.0, 0.0))
+    assert forward.kinds["gather"] == pytest.approx((0.050, 0.011)) and backward.kinds["gather"] == (0, 0)
+    assert backward.kinds["reduce"] == pytest.approx((0, 0.062)) and forward.kinds["reduce"] == (0, 0)
     assert time.seconds == pytest.approx(0.061 + 0.112 + 0.010)
-    assert (time.gather, time.scatter) == pytest.approx((0.061, 0.062))
     assert time.limit == "network"  # 123 ms, of products 90
     assert roofline.step_time(CHIP, ASSUMED, products, accesses, [], lambda c: (1.0, "")).limit == "products"
 
@@ -340,13 +341,12 @@ def test_what_a_run_takes(compiled):
     assert plan.device_hours == pytest.approx(8 * steps * seconds / 3600)
     assert plan.kwh == pytest.approx(plan.device_hours * 0.4 * 1.2)
     assert plan.mfu == pytest.approx(plan.model_flops / (seconds * 8 * 312e12))
-    found = plan.as_dict()
-    assert json.loads(json.dumps(found)) == found
+    found = json.loads(json.dumps(plan.as_dict()))
     assert found["cost"] == 2 * plan.device_hours and found["co2_kg"] == pytest.approx(plan.kwh * 0.373)
     assert sum(found["memory"]["parts"].values()) == found["memory"]["total"] == compiled.memory_bytes
     text = report.as_text(plan)
     assert all(part in text for part in memory.PARTS) and "not measured" in text and "assumed" in text
-    assert max(map(len, text.splitlines())) <= 160
+    assert max(map(len, text.splitlines())) <= 120
     unknown_power = dataclasses.replace(compiled, target=targets.parse("tpu-v5e:2x4"))
     assert "not published" in "\n".join(report._run(dataclasses.replace(plan, compiled=unknown_power)))
 
@@ -523,3 +523,24 @@ def test_a_mesh_of_a_target_is_the_configurations(compiled):
     assert compiled.mesh == {"replica": 2, "fsdp": 4}
     assert search.setting_of(compiled.config, compiled.target) == search.Setting(1, 1, False, 4)
     assert compiled.config.mesh == MeshConfig(2, 4)
+
+
+def test_what_the_compilers_say_in_their_own_ways():
+    """A TPU's compiler that gives up, and a program that XLA cannot print."""
+    for message, size in (
+        (
+            "RESOURCE_EXHAUSTED: total memory required for HLO temporaries (149.06G) exceeds available HBM (30.75G)",
+            149.06,
+        ),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm.", 17.5),
+        ("RESOURCE_EXHAUSTED: no more", 0),
+    ):
+        error = compiled_lib._out_of_memory(RuntimeError(message))
+        assert isinstance(error, compiled_lib.OutOfMemory) and error.memory_bytes == int(size * 2**30)
+    other = RuntimeError("INTERNAL: something else")
+    assert compiled_lib._out_of_memory(other) is other
+
+    def as_text():
+        raise jax.errors.JaxRuntimeError("INTERNAL: async-update expects one operand\nand more")
+
+    assert compiled_lib._as_text(types.SimpleNamespace(as_text=as_text)) == ""

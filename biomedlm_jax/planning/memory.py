@@ -100,7 +100,7 @@ class _Buffers:
         self.arguments: list[tuple[str, int]] = []
         self._values: dict[str, _Value] = {}
         self._live_ranges = dump.live_ranges
-        allocation, temporary = "", False
+        allocation, size, temporary, argument = "", 0, False, False
         for line in dump.buffers.splitlines():
             if line.startswith("Total bytes used"):
                 break
@@ -109,13 +109,13 @@ class _Buffers:
                 # Of other memories than HBM, such as a TPU core's own, the allocation names a color.
                 in_hbm = not re.search(r"color [1-9]", rest)
                 temporary = in_hbm and "preallocated-temp" in rest
-                argument = in_hbm and re.search(r"parameter \d+", rest)
+                argument = in_hbm and bool(re.search(r"parameter \d+", rest))
                 size = int(found[2])
             elif found := re.match(r" value: <\d+ (\S+)(?: \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (.*)", line):
                 name = found[1]
                 if argument and "state" in (op_name := self._op_name(name)):
                     self.arguments.append((op_name, size))
-                    argument = None
+                    argument = False
                 if temporary and (shapes := hlo.shapes(found[4])) and not found[4].startswith("("):
                     self._values[name] = _Value(
                         name, shapes[0], self._op_name(name), allocation, int(found[3]), int(found[2])

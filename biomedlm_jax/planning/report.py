@@ -1,6 +1,7 @@
 """A plan: what a run on a target takes in memory, time, energy and money. As an object, as text, as JSON."""
 
 import dataclasses
+import textwrap
 from typing import Any
 
 from biomedlm_jax.hlo import Collective
@@ -125,8 +126,6 @@ class Plan:
                 "step": self.time.seconds,
                 "limit": self.time.limit,
                 "phases": {name: dataclasses.asdict(phase) for name, phase in self.time.phases.items()},
-                "gather": self.time.gather,
-                "scatter": self.time.scatter,
             },
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,
@@ -213,18 +212,14 @@ def _head(plan: Plan) -> list[str]:
 
 
 def _memory(plan: Plan) -> list[str]:
-    compiled, capacity = plan.compiled, plan.compiled.target.chip.memory
+    compiled = plan.compiled
     lines = ["memory of a device when it uses most, GB (compiled)"]
     for name, size in compiled.memory.items():
-        bar = "#" * round(40 * size / plan.memory_limit)
-        lines.append(f"  {name:26}{size / GB:8.2f}  {bar}")
+        bar = "#" * min(80, round(40 * size / plan.memory_limit))
+        lines.append(f"  {name:26}{size / GB:8.2f}  {bar}".rstrip())
     total = compiled.memory_bytes
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     lines.append(f"  {'total':26}{total / GB:8.2f}  {verdict}: {total / plan.memory_limit:.0%} of {_limit(plan)}")
-    if compiled.target.chip.platform == "gpu" and plan.fits and total > 0.75 * capacity:
-        lines.append(
-            f"  set XLA_PYTHON_CLIENT_MEM_FRACTION={plan.assumed.memory_fraction} for train: jax takes 75 % by default"
-        )
     return lines
 
 
@@ -276,10 +271,10 @@ def _time(plan: Plan) -> list[str]:
         f"  FLOPs a token: model {plan.model_flops / tokens / GB:.2f} G (6N + 12LdT), hardware "
         f"{plan.hardware_flops / tokens / GB:.2f} G (recomputation counted, of attention the causal half)",
         f"  assumed: products {assumed.product_fraction:.0%} of {chip.peak_flops / 1e12:.0f} TFLOP/s, attention "
-        f"{assumed.attention_fraction:.0%}; memory {assumed.hbm_fraction:.0%} of {chip.hbm_bandwidth / GB:,.0f} GB/s; "
-        + _links(plan),
+        f"{assumed.attention_fraction:.0%}; memory {assumed.hbm_fraction:.0%} of {chip.hbm_bandwidth / GB:,.0f} GB/s;",
+        f"  {_links(plan)}; {assumed.latency * 1e6:.0f} us a collective",
         "  an exchange is hidden if the compiler scheduled something to compute beside it, as long as that lasts",
-        f"  calibration: {assumed.calibration}",
+        *textwrap.wrap(f"calibration: {assumed.calibration}", 118, initial_indent="  ", subsequent_indent="    "),
         *(f"  not known: {what}" for what in plan.compiled.unknown),
     ]
 

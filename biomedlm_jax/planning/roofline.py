@@ -47,7 +47,7 @@ _ASSUMPTIONS = {
         hbm_fraction=0.8,
         link_fraction=0.8,
         latency=30e-6,
-        memory_fraction=0.92,
+        memory_fraction=0.9,  # as `train` has it
         calibration=_MEASURED.format("A100-40GB and A100-80GB", "58 and 63 %"),
     ),
     "h": Assumptions(
@@ -56,7 +56,7 @@ _ASSUMPTIONS = {
         hbm_fraction=0.8,
         link_fraction=0.8,
         latency=30e-6,
-        memory_fraction=0.92,
+        memory_fraction=0.9,  # as `train` has it
         calibration=_MEASURED.format("H100", "46 %") + " (late 2023; software has become faster since)",
     ),
     "tpu": Assumptions(
@@ -77,6 +77,13 @@ def assumptions(chip_name: str) -> Assumptions:
     return next(value for prefix, value in _ASSUMPTIONS.items() if chip_name.startswith(prefix))
 
 
+EXCHANGE_KINDS = ("gather", "reduce", "other")
+
+
+def _kind(collective: Collective) -> str:
+    return {"all-gather": "gather", "reduce-scatter": "reduce", "all-reduce": "reduce"}.get(collective.kind, "other")
+
+
 @dataclasses.dataclass(frozen=True)
 class PhaseTime:
     """Seconds of one part of a step on a device, by what they go to."""
@@ -88,6 +95,8 @@ class PhaseTime:
     """Exchange while something is computed."""
     exposed: float
     """Exchange while nothing is."""
+    kinds: dict[str, tuple[float, float]]
+    """Of `EXCHANGE_KINDS`, what is hidden and what is exposed."""
 
     @property
     def seconds(self) -> float:
@@ -100,10 +109,6 @@ class StepTime:
     """A step's time, part by part."""
 
     phases: dict[Phase, PhaseTime]
-    gather: float
-    """Seconds that gathering weights takes, hidden or not."""
-    scatter: float
-    """Seconds that reducing gradients takes, hidden or not."""
 
     def total(self, part: str) -> float:
         """Seconds of one field of `PhaseTime` over all phases."""
@@ -143,9 +148,8 @@ def step_time(
     """
     compute = dict.fromkeys(PHASES, 0.0)
     memory = dict.fromkeys(PHASES, 0.0)
-    beside = dict.fromkeys(PHASES, 0.0)
-    alone = dict.fromkeys(PHASES, 0.0)
-    gather = scatter = 0.0
+    beside = {phase: dict.fromkeys(EXCHANGE_KINDS, 0.0) for phase in PHASES}
+    alone = {phase: dict.fromkeys(EXCHANGE_KINDS, 0.0) for phase in PHASES}
     bandwidth = chip.hbm_bandwidth * assumed.hbm_fraction
     for product in products:
         fraction = assumed.attention_fraction if product.attention else assumed.product_fraction
@@ -155,14 +159,17 @@ def step_time(
         memory[access.phase] += access.bytes * access.executions / bandwidth
     for collective in collectives:
         seconds = collective_seconds(collective, link, assumed) * collective.executions
-        phase = phase_of(collective.op_name)
-        (beside if collective.asynchronous else alone)[phase] += seconds
-        if collective.kind == "all-gather":
-            gather += seconds
-        elif collective.kind in ("reduce-scatter", "all-reduce"):
-            scatter += seconds
+        place = beside if collective.asynchronous else alone
+        place[phase_of(collective.op_name)][_kind(collective)] += seconds
     phases = {}
     for phase in PHASES:
-        hidden = min(beside[phase], compute[phase] + memory[phase])
-        phases[phase] = PhaseTime(compute[phase], memory[phase], hidden, alone[phase] + beside[phase] - hidden)
-    return StepTime(phases, gather, scatter)
+        asynchronous = sum(beside[phase].values())
+        hidden = min(asynchronous, compute[phase] + memory[phase])
+        fraction = hidden / asynchronous if asynchronous else 1.0
+        kinds = {
+            kind: (beside[phase][kind] * fraction, beside[phase][kind] * (1 - fraction) + alone[phase][kind])
+            for kind in EXCHANGE_KINDS
+        }
+        exposed = sum(alone[phase].values()) + asynchronous - hidden
+        phases[phase] = PhaseTime(compute[phase], memory[phase], hidden, exposed, kinds)
+    return StepTime(phases)
