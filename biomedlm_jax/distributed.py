@@ -218,7 +218,7 @@ def _connect(place: Place, settings: RunConfig) -> Any:
         # JAX itself would abort, with a stack trace.
         print(
             f"error: not all {place.count} processes met at {place.address} within run.connect_timeout "
-            f"({settings.connect_timeout} s): see which one was not started or has ended",
+            f"({settings.connect_timeout} s): see which one was not started, has ended, or has the number of another",
             file=sys.stderr,
             flush=True,
         )
