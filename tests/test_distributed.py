@@ -171,8 +171,8 @@ def test_two_processes_train_as_one_and_share_the_rows(prepared, tmp_path, subpr
     assert "devices: 2 processes on 1 host" in several.said(0) and "4 x cpu each" in several.said(0)
     assert "mesh: replica 1, fsdp 8 on 8 x cpu" in several.said(0)
     assert "step 4, 4,096 tokens" in several.said(0)
-    quiet = [line for line in several.said(1).splitlines() if not line.startswith("[Gloo]") and "Rank" not in line]
-    assert quiet == []
+    spoken = re.compile(r"^(devices|mesh|rows|weights|attention|error|step \d)", re.MULTILINE)
+    assert len(spoken.findall(several.said(0))) > 10 and not spoken.search(several.said(1))
 
 
 def test_the_others_end_when_one_is_killed(prepared, tmp_path, subprocess_env):
