@@ -91,8 +91,9 @@ def scaling(only: list[str], output: Path) -> None:
         found["calibration"] = calibrate()
     for chip in CHIPS:
         for size in SIZES:
-            if not only or chip in only or pod(chip, size) in only:
-                rows[pod(chip, size)] = predict(chip, size)
+            if only and chip not in only and pod(chip, size) not in only:
+                continue
+            rows[pod(chip, size)] = predict(chip, size)
             found |= {
                 "command": "python benchmarks/predicted.py",
                 "date": datetime.date.today().isoformat(),
