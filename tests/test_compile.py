@@ -117,8 +117,10 @@ def test_the_step_of_the_published_model_compiles_with_the_kernels_in_it(target,
     assert runs == 32 * alone
 
 
-@pytest.mark.parametrize("reshard_after_forward", [True, False])
-@pytest.mark.parametrize(("target", "name"), [("a100-40gb", "a100-40gb:16x8"), ("v5p", "tpu-v5p:4x4x8")])
+@pytest.mark.parametrize(
+    ("target", "name", "reshard_after_forward"),
+    [("a100-40gb", "a100-40gb:16x8", True), ("a100-40gb", "a100-40gb:16x8", False), ("v5p", "tpu-v5p:4x4x8", True)],
+)
 def test_the_published_model_on_a_pod_exchanges_what_fsdp_must_and_hides_it(target, name, reshard_after_forward):
     require(target)
     lowered = lower_the_step_of_the_published_model(name, reshard_after_forward=reshard_after_forward)
