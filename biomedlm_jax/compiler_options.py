@@ -62,7 +62,8 @@ OPTIONS = (
 
 def for_mesh(mesh: Mesh) -> dict[str, Any]:
     """The options to compile a step for these devices with; none for one device, which exchanges nothing."""
-    device = mesh.devices.flat[0]
+    # One of this process's own, which compiles the trials; all are of one kind.
+    device = next(d for d in mesh.devices.flat if d.process_index == jax.process_index())
     return dict(_for_device(device, os.environ.get(_VARIABLES.get(device.platform, ""), ""))) if mesh.size > 1 else {}
 
 
