@@ -78,7 +78,7 @@ def _for_device(device: Any, set_by_user: str) -> tuple[tuple[str, Any], ...]:
         names = {name for name, _ in option.spellings}
         if not re.search(option.devices, device.device_kind) or names & theirs:
             continue
-        known = next((spelling for spelling in option.spellings if _is_known(device, spelling)), None)
+        known = next((spelling for spelling in option.spellings if _is_known(device, *spelling)), None)
         if known:
             chosen.append(known)
         else:
@@ -86,11 +86,12 @@ def _for_device(device: Any, set_by_user: str) -> tuple[tuple[str, Any], ...]:
     return tuple(chosen)
 
 
-def _is_known(device: Any, spelling: tuple[str, Any]) -> bool:
+def _is_known(device: Any, name: str, value: Any) -> bool:
     """Whether the device's compiler takes an option: it must compile a program that does nothing."""
-    nothing = jax.jit(lambda: 0, out_shardings=SingleDeviceSharding(device))
+    nothing = jax.jit(lambda: 0, out_shardings=SingleDeviceSharding(device)).lower()
+    nothing.compile()  # so that what fails below fails for the option
     try:
-        nothing.lower().compile(dict([spelling]))
+        nothing.compile({name: value})
     except jax.errors.JaxRuntimeError as error:
         if "INVALID_ARGUMENT" not in str(error):
             raise

@@ -194,9 +194,9 @@ class GPT2(nnx.Module):
             params = params if gather is None else gather(params)
             return constrain_rows(nnx.merge(block_def, params)(x, layer, attention_mask, keys)), None
 
-        # A scan keeps its iterations apart, so that the compiler cannot merge what is recomputed with what was
-        # computed first; a loop that is unrolled altogether does not.
-        prevent_cse = config.unroll >= config.n_layer
+        # A loop keeps its iterations apart, so that the compiler cannot merge what is recomputed with what was computed
+        # first; one iteration is no loop. (XLA for CPUs merges it all the same.)
+        prevent_cse = config.n_layer // config.unroll <= 1
         block = jax.checkpoint(block, policy=REMAT_POLICIES[config.remat], prevent_cse=prevent_cse)
         inputs = (nnx.to_pure_dict(block_state), jnp.arange(config.n_layer))
         x, _ = jax.lax.scan(block, x, inputs, unroll=min(config.unroll, config.n_layer))

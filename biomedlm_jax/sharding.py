@@ -5,9 +5,9 @@ layer's parameters when it computes that layer, and reads its own rows of the ba
 sharded model, so that only `fsdp` devices exchange parameters.
 
 The exchange is written out, inside of a `shard_map`, and not left to the compiler's partitioner, which gathers in
-float32 what could travel in bfloat16, and on TPUs reduces whole gradients on every device. It is one chain: no two
-collectives may be independent of each other across a loop, or XLA's backend for CPUs may start them in another order
-on each device, and waits for ever.
+float32 what could travel in bfloat16, and on TPUs reduces whole gradients on every device. No collective is
+independent of a loop that holds others: XLA's backend for CPUs may start the two in another order on each device, and
+then waits for ever.
 """
 
 import dataclasses
@@ -58,7 +58,18 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
             f"mesh.replica x mesh.fsdp must be the number of devices: {replica} x {fsdp} is not "
             f"{len(devices)} ({devices[0].device_kind})"
         )
-    return jax.make_mesh((replica, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    axis_types = (AxisType.Auto,) * len(AXES)
+    if devices[0].platform == "tpu":
+        # In the order of the torus, which `find_rings` needs. `jax.make_mesh` winds one long ring through some slices,
+        # and knows no order for others that the sizes do not divide by its axes.
+        order = sorted(devices, key=lambda device: (getattr(device, "slice_index", 0), *_place(device)[::-1]))
+        return Mesh(np.array(order).reshape(replica, fsdp), AXES, axis_types=axis_types)
+    return jax.make_mesh((replica, fsdp), AXES, axis_types=axis_types, devices=devices)
+
+
+def _place(device: Any) -> tuple[int, ...]:
+    """Where a TPU device is: its core of a chip, if chips have several, and the chip's place in the torus."""
+    return (getattr(device, "core_on_chip", 0), *device.coords)
 
 
 def check_divisible(config: Config, mesh: Mesh) -> None:
@@ -126,7 +137,9 @@ class Exchange:
     replica: int = 1
     """Copies of the sharded model."""
     dtype: Any = jnp.float32
-    """The type that large parameters are gathered in, and gradients of kernels reduced in."""
+    """The type that large parameters are gathered in."""
+    reduce_dtype: Any = jnp.float32
+    """The type that gradients of kernels are summed over devices in."""
     keep: bool = False
     """Whether weights gathered in the forward pass are kept for the backward pass."""
 
@@ -165,7 +178,7 @@ def find_rings(mesh: Mesh) -> tuple[int, ...]:
     devices = mesh.devices[0]
     if devices[0].platform != "tpu" or len(devices) == 1:
         return (len(devices),)
-    places = np.array([device.coords for device in devices])
+    places = np.array([_place(device) for device in devices])
     rings: list[int] = []
     stride = 1
     while stride < len(devices):
@@ -191,7 +204,7 @@ def _gather_kernel_forward(exchange: Exchange, shard: Array) -> tuple[Array, Non
 
 
 def _gather_kernel_backward(exchange: Exchange, _: None, gradient: Array) -> tuple[Array]:
-    return (exchange.reduce_scatter(gradient).astype(jnp.float32),)
+    return (exchange.reduce_scatter(gradient.astype(exchange.reduce_dtype)).astype(jnp.float32),)
 
 
 _gather_kernel.defvjp(_gather_kernel_forward, _gather_kernel_backward)
@@ -200,7 +213,8 @@ _gather_kernel.defvjp(_gather_kernel_forward, _gather_kernel_backward)
 def gather_kernels(exchange: Exchange, layer: Any) -> Any:
     """One layer's parameters with its kernels whole, in the exchange's type; the other ones as they are.
 
-    The gradient of a kernel is reduced in that type, too, and each device gets its shard of it in float32.
+    Each device gets its shard of a kernel's gradient in float32. `model.REMAT_POLICIES` know this function by being
+    the only one with a gradient of its own that takes a matrix, and by the name of its result.
     """
     name = GATHERED_AND_KEPT if exchange.keep else GATHERED
     return jax.tree.map(lambda x: checkpoint_name(_gather_kernel(exchange, x), name) if x.ndim == 2 else x, layer)
@@ -209,9 +223,11 @@ def gather_kernels(exchange: Exchange, layer: Any) -> Any:
 def gather_all_but_kernels(exchange: Exchange, params: Any) -> Any:
     """Parameters with all whole but the kernels of the layers, which are gathered a layer at a time.
 
-    All travel packed, embeddings in the exchange's type and vectors in float32; all come out in float32, so that
-    their gradients, sums over many tokens, are taken and reduced in it.
+    All travel packed, embeddings in the exchange's type, which rounds them, and vectors in float32; all come out in
+    float32, so that their gradients, sums over many tokens, are taken and reduced in it.
     """
+    if exchange.fsdp == 1:
+        return params
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     packed = [i for i, path in enumerate(paths) if not path.endswith("kernel")]

@@ -90,7 +90,10 @@ def eval_step(config: Config, params: Params, batch: Batch) -> tuple[Float[Array
 
 
 def jit_eval_step(config: Config, mesh: Mesh) -> Any:
-    """`eval_step` compiled for parameters and batches that lie on a mesh as in training."""
+    """`eval_step` compiled for parameters and batches that lie on a mesh as in training.
+
+    The forward pass is that of training: where embeddings are sharded, they are rounded to the compute type.
+    """
     exchange = _exchange(config, mesh)
 
     def on_a_device(params: Params, batch: Batch) -> Float[Array, "2"]:
@@ -100,7 +103,9 @@ def jit_eval_step(config: Config, mesh: Mesh) -> Any:
 
     def on_the_mesh(params: Params, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
         in_specs = (sharding.tree_specs(params), sharding.BATCH_SPEC)
-        nll, tokens = jax.shard_map(on_a_device, in_specs=in_specs, out_specs=P(), check_vma=False)(params, batch)
+        nll, tokens = jax.shard_map(on_a_device, mesh=mesh, in_specs=in_specs, out_specs=P(), check_vma=False)(
+            params, batch
+        )
         return nll, tokens
 
     return jax.jit(on_the_mesh, compiler_options=compiler_options.for_mesh(mesh))
@@ -129,6 +134,7 @@ def _exchange(config: Config, mesh: Mesh) -> Exchange:
         rings=sharding.find_rings(mesh),
         replica=mesh.shape["replica"],
         dtype=jnp.dtype(config.model.compute_dtype),
+        reduce_dtype=jnp.promote_types(config.model.compute_dtype, config.mesh.reduce_dtype),
         keep=not config.mesh.reshard_after_forward,
     )
 
@@ -158,6 +164,7 @@ def _loss_and_grads(
         check_vma=False,
     )(state.params, state.step, batch, row_ids)
     nll, tokens, squares = totals
+    tokens = jnp.maximum(tokens, 1)  # a batch that predicts nothing has no gradient
     return nll / tokens, jax.tree.map(lambda x: x / tokens, grads), jnp.sqrt(squares) / tokens
 
 
@@ -172,27 +179,30 @@ def _sums_on_a_device(
     """
     parts = config.train.gradient_accumulation_steps
 
-    def part_loss(params: Params, part: Batch, row_ids: Int[Array, "rows"]) -> Float[Array, ""]:
+    # Once for all parts, and so are the gradients of what it makes whole: those of kernels are shards on both sides.
+    whole, scatter = jax.vjp(functools.partial(sharding.gather_all_but_kernels, exchange), params)
+
+    def part_loss(whole: Params, part: Batch, row_ids: Int[Array, "rows"]) -> Float[Array, ""]:
         keys = None
         if config.model.dropout:
             # By the row's place in the batch, so that masks depend neither on the mesh nor on accumulation.
             step_key = jax.random.fold_in(jax.random.key(config.train.seed), step)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, row_ids)
-        whole = sharding.gather_all_but_kernels(exchange, params)
         return _summed_loss(config, whole, part, keys, functools.partial(sharding.gather_kernels, exchange))
 
     loss_and_grads = jax.value_and_grad(part_loss)
     if parts == 1:
-        nll, grads = loss_and_grads(params, batch, row_ids)
+        nll, grads = loss_and_grads(whole, batch, row_ids)
     else:
 
         def accumulate(total: Any, inputs: tuple[Batch, Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, loss_and_grads(params, *inputs)), None
+            return jax.tree.map(jnp.add, total, loss_and_grads(whole, *inputs)), None
 
         # Every parts-th row: which part a row is in changes nothing, and the compiler moves none.
         split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), (batch, row_ids))
-        zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+        zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, whole))
         (nll, grads), _ = jax.lax.scan(accumulate, zeros, split)
+    (grads,) = scatter(grads)
     if exchange.replica > 1:
         grads = jax.lax.psum(grads, "replica")
     # What is one number travels together, at the end. Replicas hold the same shards of the gradient.

@@ -1,3 +1,4 @@
+import re
 import types
 
 import jax
@@ -80,7 +81,7 @@ def exchanged(config, mesh):
 
 @pytest.mark.parametrize(
     ("parts", "reshard_after_forward", "remat"),
-    [(1, True, "none"), (1, True, "full"), (1, False, "full"), (2, True, "none")],
+    [(1, True, "none"), (1, True, "full"), (1, False, "full"), (2, True, "none"), (2, False, "full")],
 )
 def test_the_step_exchanges_each_weight_and_each_gradient_and_nothing_else(parts, reshard_after_forward, remat):
     config = tiny.replace(WIDE, model={"remat": remat}, train={"gradient_accumulation_steps": parts})
@@ -89,9 +90,11 @@ def test_the_step_exchanges_each_weight_and_each_gradient_and_nothing_else(parts
     all_devices = tuple(range(8))
     found = exchanged(config, mesh)
     # The kernels once more for the backward pass, unless they are kept; a scan keeps the compiler from merging the two.
-    gathered = parts * (total + kernels * reshard_after_forward) * 7 / 8
+    gathered = (total - kernels + parts * kernels * (1 + reshard_after_forward)) * 7 / 8
     assert found.pop(("all-gather", all_devices)) == pytest.approx(gathered, rel=0.05)
-    assert found.pop(("reduce-scatter", all_devices)) == pytest.approx(parts * total * 7 / 8, rel=0.05)
+    assert found.pop(("reduce-scatter", all_devices)) == pytest.approx(
+        (total - kernels + parts * kernels) * 7 / 8, rel=0.05
+    )
     # The loss, the number of tokens, and the norm.
     assert found == {("all-reduce", all_devices): 3 * 4 * 2 * 7 / 8}
 
@@ -103,6 +106,19 @@ def test_replicas_reduce_shards_only():
     assert found.pop(("reduce-scatter", (0, 1, 2, 3))) == pytest.approx(total * 3 / 4, rel=0.05)
     assert found.pop(("all-reduce", (0, 4))) == pytest.approx(total / 4)
     assert found == {("all-reduce", tuple(range(8))): 3 * 4 * 2 * 7 / 8}
+
+
+@pytest.mark.parametrize("reduce_dtype", ["bfloat16", "float32"])
+def test_gradients_of_kernels_are_reduced_in_the_type_asked_for(reduce_dtype):
+    config = tiny.replace(WIDE, model={"compute_dtype": "bfloat16"})
+    trainer = tiny.Trainer(config, MeshConfig(fsdp=8, reduce_dtype=reduce_dtype))
+    with jax.set_mesh(trainer.mesh):
+        jaxpr = trainer.jitted_step.trace(trainer.state, tiny.random_batch(config, 0)).jaxpr
+    short = {"bfloat16": "bf16", "float32": "f32"}[reduce_dtype]
+    reduced = re.findall(r":(\w+)\[([\d,]+)\] = reduce_scatter", str(jaxpr))
+    # Four kernels, and what travels packed.
+    kernels = [(short, dims) for dims in ("16,128", "16,384", "16,512", "64,128")]
+    assert len(reduced) == 5 and set(kernels) < set(reduced)
 
 
 def param_bytes(config):
@@ -129,10 +145,33 @@ def test_packed_and_gathered_parameters_are_the_parameters():
 
 
 class FakeChip:
-    platform = "tpu"
+    """A device of a TPU as far as meshes look at it."""
 
-    def __init__(self, coords):
-        self.coords = coords
+    platform, device_kind = "tpu", "TPU"
+
+    def __init__(self, coords, slice_index=0, core_on_chip=0):
+        self.coords, self.slice_index, self.core_on_chip = tuple(int(c) for c in coords), slice_index, core_on_chip
+
+
+@pytest.mark.parametrize(
+    ("torus", "cores", "slices", "replica", "rings"),
+    [
+        ((2, 2, 2), 1, 1, 1, (2, 2, 2)),
+        ((4, 4, 8), 1, 1, 1, (8, 4, 4)),
+        ((4, 4, 8), 1, 1, 2, (4, 4, 4)),
+        ((4, 4, 1), 1, 1, 1, (4, 4)),
+        ((16, 16, 1), 1, 1, 4, (4, 16)),
+        ((2, 4, 1), 1, 2, 2, (4, 2)),
+        ((2, 2, 1), 2, 1, 1, (2, 2, 2)),
+    ],
+)
+def test_meshes_of_tpus_lie_along_the_torus(torus, cores, slices, replica, rings):
+    places = np.stack(np.meshgrid(*map(np.arange, torus), indexing="ij"), axis=-1).reshape(-1, 3)
+    chips = [FakeChip(c, slice_, core) for slice_ in range(slices) for c in places for core in range(cores)]
+    shuffled = [chips[i] for i in np.random.default_rng(0).permutation(len(chips))]
+    mesh = sharding.make_mesh(MeshConfig(replica=replica), shuffled)
+    assert sharding.find_rings(mesh) == rings
+    assert slices == 1 or all(len({chip.slice_index for chip in copy}) == 1 for copy in mesh.devices)
 
 
 @pytest.mark.parametrize(

@@ -46,11 +46,25 @@ def test_dropout_is_a_function_of_seed_and_step():
     batch = tiny.random_batch(config, 0)
     losses = [
         [trainer(batch)["train/loss"] for _ in range(2)]
-        for trainer in (tiny.Trainer(config, MeshConfig(fsdp=1)), tiny.Trainer(config, MeshConfig(fsdp=8)))
+        for trainer in (
+            tiny.Trainer(config, MeshConfig(fsdp=1)),
+            tiny.Trainer(config, MeshConfig(fsdp=8)),
+            # Masks depend neither on the mesh nor on accumulation.
+            tiny.Trainer(tiny.replace(config, train={"gradient_accumulation_steps": 2}), MeshConfig(replica=2, fsdp=4)),
+        )
     ]
     # Equal weights at steps 0 and 1 (the first rate is 0), other masks.
     assert abs(losses[0][0] - losses[0][1]) > 1e-4
-    np.testing.assert_allclose(losses[0], losses[1], atol=1e-5)
+    for other in losses[1:]:
+        np.testing.assert_allclose(other, losses[0], atol=1e-5)
+
+
+def test_a_batch_that_predicts_nothing_changes_nothing_but_by_decay():
+    trainer = tiny.Trainer(tiny.CONFIG, MeshConfig(fsdp=8))
+    batch = tiny.random_batch(tiny.CONFIG, 0)
+    values = trainer(step.Batch(batch.tokens, jnp.zeros_like(batch.mask)))
+    assert values["train/loss"] == values["train/grad_norm"] == 0
+    assert np.isfinite(trainer(batch)["train/loss"])
 
 
 def test_state_is_donated_whole():
