@@ -120,6 +120,7 @@ def test_the_step_of_the_published_model_compiles_with_the_kernels_in_it(target,
         assert max(reduced) < 1e6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "name", "reshard_after_forward"),
     [("a100-40gb", "a100-40gb:16x8", True), ("a100-40gb", "a100-40gb:16x8", False), ("v5p", "tpu-v5p:4x4x8", True)],
@@ -182,6 +183,7 @@ def share_under_products(module, kind):
     return under / total
 
 
+@pytest.mark.slow
 def test_replicas_of_a_pod_reduce_shards_only():
     require("a100-40gb")
     lowered = lower_the_step_of_the_published_model("a100-40gb:16x8", replica=16)
