@@ -157,9 +157,14 @@ def load_params(path: str | Path, step: int | None = None, shardings: Params | N
     flat = traverse_util.flatten_dict(huggingface.load_params(path)[1], sep="/")
     where = traverse_util.flatten_dict(shardings, sep="/") if shardings else dict.fromkeys(flat)
     # One at a time, so that the model is never in memory twice.
-    return traverse_util.unflatten_dict(
-        {name: jax.device_put(flat.pop(name), where[name]) for name in list(flat)}, sep="/"
-    )
+    return traverse_util.unflatten_dict({name: _place(flat.pop(name), where[name]) for name in list(flat)}, sep="/")
+
+
+def _place(array: np.ndarray, where: jax.sharding.Sharding | None) -> Array:
+    if where is None:
+        return jax.device_put(array)
+    # `jax.device_put` would first compare the whole array between processes, which have all read the same file.
+    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
 
 def start_from(path: str | Path, config: ModelConfig, shardings: Params) -> Params:
