@@ -73,12 +73,14 @@ _VARIABLES = {"gpu": "XLA_FLAGS", "cuda": "XLA_FLAGS", "tpu": "LIBTPU_INIT_ARGS"
 @functools.cache
 def _for_device(device: Any, set_by_user: str) -> tuple[tuple[str, Any], ...]:
     theirs = set(re.findall(r"--(\w+)", set_by_user))
+    nothing = jax.jit(lambda: 0, out_shardings=SingleDeviceSharding(device)).lower()
+    nothing.compile()  # so that what fails with an option fails for the option
     chosen = []
     for option in OPTIONS:
         names = {name for name, _ in option.spellings}
         if not re.search(option.devices, device.device_kind) or names & theirs:
             continue
-        known = next((spelling for spelling in option.spellings if _is_known(device, *spelling)), None)
+        known = next((spelling for spelling in option.spellings if _is_known(nothing, *spelling)), None)
         if known:
             chosen.append(known)
         else:
@@ -86,10 +88,8 @@ def _for_device(device: Any, set_by_user: str) -> tuple[tuple[str, Any], ...]:
     return tuple(chosen)
 
 
-def _is_known(device: Any, name: str, value: Any) -> bool:
-    """Whether the device's compiler takes an option: it must compile a program that does nothing."""
-    nothing = jax.jit(lambda: 0, out_shardings=SingleDeviceSharding(device)).lower()
-    nothing.compile()  # so that what fails below fails for the option
+def _is_known(nothing: Any, name: str, value: Any) -> bool:
+    """Whether the compiler takes an option: it must compile a lowered program that does nothing."""
     try:
         nothing.compile({name: value})
     except jax.errors.JaxRuntimeError as error:
