@@ -15,16 +15,18 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
+_COPIES = ("copy", "copy-start", "copy-done", "bitcast")
+
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16, "c64": 64, "c128": 128}
 
-# What a device does not compute with.
-_NO_COMPUTE = {
+# Instructions that neither compute nor move data of their own, and exchanges, which do neither on the device.
+BOOKKEEPING = {
     "parameter",
     "constant",
     "get-tuple-element",
@@ -124,6 +126,13 @@ class Computation:
             for operand in instruction.operands:
                 found.setdefault(operand, []).append(instruction)
         return found
+
+    def behind(self, name: str, opcodes: Collection[str]) -> Instruction | None:
+        """What an instruction has its value from, through others of these opcodes; None if it is not of this one."""
+        instruction = self.by_name.get(name)
+        while instruction is not None and instruction.opcode in opcodes:
+            instruction = self.by_name.get(instruction.operands[0])
+        return instruction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +251,7 @@ class Module:
         tuple_ = computation.by_name.get(loop.operands[0])
         if tuple_ is None or tuple_.opcode != "tuple":
             return None
-        start = _constant(_behind_copies(computation, tuple_.operands[int(index[1])]))
+        start = _constant(computation.behind(tuple_.operands[int(index[1])], _COPIES))
         return None if start is None else end - start + (direction[1] == "LE")
 
 
@@ -250,14 +259,6 @@ def _constant(instruction: Instruction | None) -> int | None:
     if instruction is None or instruction.opcode != "constant" or not instruction.operands:
         return None
     return int(instruction.operands[0]) if re.fullmatch(r"-?\d+", instruction.operands[0]) else None
-
-
-def _behind_copies(computation: Computation, name: str) -> Instruction | None:
-    """What an instruction that merely copies has its value from."""
-    instruction = computation.by_name.get(name)
-    while instruction and instruction.opcode in ("copy", "copy-done", "copy-start", "bitcast"):
-        instruction = computation.by_name.get(instruction.operands[0])
-    return instruction
 
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
@@ -460,7 +461,7 @@ def _computes(instruction: Instruction) -> bool:
     opcode = instruction.opcode
     if "async-collective-" in instruction.name or re.search(r"-(?:start|update|done)$", opcode):
         return False
-    return opcode not in _NO_COMPUTE
+    return opcode not in BOOKKEEPING
 
 
 def _groups(instruction: Instruction, devices: int) -> tuple[tuple[int, ...], ...]:

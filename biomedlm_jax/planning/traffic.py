@@ -8,22 +8,7 @@ from biomedlm_jax import hlo
 from biomedlm_jax.planning.flops import Phase, phase_of
 
 # What moves no data of its own: what it runs does, or nothing.
-_FREE = {
-    "parameter",
-    "constant",
-    "get-tuple-element",
-    "tuple",
-    "bitcast",
-    "while",
-    "conditional",
-    "call",
-    "after-all",
-    "add-dependency",
-    "opt-barrier",
-    "partition-id",
-    "replica-id",
-    *hlo.KINDS,
-}
+_FREE = hlo.BOOKKEEPING | {"while", "conditional", "call"}
 _PRODUCTS = {"dot", "convolution", "ragged-dot"}
 _KERNELS = re.compile(r"gemm|cudnn|flash_attention|mosaic|triton|tpu_custom_call|xla\.gpu|MatMul|Conv")
 
@@ -97,7 +82,7 @@ def _fusion_bytes(module: hlo.Module, computation: hlo.Computation, fusion: hlo.
     root = body.instructions[-1]
     results = root.operands if root.opcode == "tuple" else (root.name,)
     for name, shape in zip(results, hlo.shapes(fusion.type), strict=False):
-        written = _behind_bitcasts(body, name)
+        written = body.behind(name, ("bitcast",))
         if written is not None and written.opcode == "dynamic-update-slice":
             total += _operand_bytes(body, written.operands[1])  # in place
         elif "S(" not in fusion.type:
@@ -116,13 +101,6 @@ def _read(body: hlo.Computation, value: hlo.Instruction) -> int:
         elif not (user.opcode == "dynamic-update-slice" and user.operands[0] == value.name):
             return sum(shape.bytes for shape in value.shapes)
     return min(total, sum(shape.bytes for shape in value.shapes))
-
-
-def _behind_bitcasts(body: hlo.Computation, name: str) -> hlo.Instruction | None:
-    instruction = body.by_name.get(name)
-    while instruction is not None and instruction.opcode == "bitcast":
-        instruction = body.by_name.get(instruction.operands[0])
-    return instruction
 
 
 def _operand_bytes(computation: hlo.Computation, name: str) -> int:
