@@ -43,6 +43,23 @@ _PARAM_SPECS = (
 )
 
 
+def mesh_shape(config: MeshConfig, count: int, named: str) -> tuple[int, int]:
+    """Sizes of the mesh's axes, (replica, fsdp), for so many devices.
+
+    Args:
+      named: the devices, for users.
+
+    Raises:
+      UserError: replica x fsdp is not their number.
+    """
+    replica, fsdp = config.replica, config.fsdp
+    if fsdp == -1:
+        fsdp = max(1, count // replica)
+    if replica * fsdp != count:
+        raise UserError(f"mesh.replica x mesh.fsdp must be the number of devices: {replica} x {fsdp} is not {named}")
+    return replica, fsdp
+
+
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     """The mesh of all devices, or of `devices`.
 
@@ -50,14 +67,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
       UserError: replica x fsdp is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    replica, fsdp = config.replica, config.fsdp
-    if fsdp == -1:
-        fsdp = max(1, len(devices) // replica)
-    if replica * fsdp != len(devices):
-        raise UserError(
-            f"mesh.replica x mesh.fsdp must be the number of devices: {replica} x {fsdp} is not "
-            f"{len(devices)} ({devices[0].device_kind})"
-        )
+    replica, fsdp = mesh_shape(config, len(devices), f"{len(devices)} ({devices[0].device_kind})")
     axis_types = (AxisType.Auto,) * len(AXES)
     if devices[0].platform == "tpu":
         # In the order of the torus, which `find_rings` needs. `jax.make_mesh` winds one long ring through some slices,

@@ -57,13 +57,7 @@ def check(config: Config, target: Target) -> None:
     Raises:
       UserError: the mesh does not multiply to the number of devices, or the batch does not divide over them.
     """
-    mesh = config.mesh
-    fsdp = target.size // mesh.replica if mesh.fsdp == -1 else mesh.fsdp
-    if mesh.replica * fsdp != target.size:
-        raise UserError(
-            f"mesh.replica x mesh.fsdp must be the number of devices: {mesh.replica} x {fsdp} is not the "
-            f"{target.size:,} of {target}"
-        )
+    sharding.mesh_shape(config.mesh, target.size, f"the {target.size:,} of {target}")
     batch, parts = config.train.global_batch_size, config.train.gradient_accumulation_steps
     rows = batch // parts
     at_once = f"{batch:,} sequences" + (f" in {parts} parts are {rows:,} at once" if parts > 1 else "")
