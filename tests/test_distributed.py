@@ -70,11 +70,11 @@ def prepared(tmp_path_factory):
 
 
 def make_config(prepared, run_dir, **groups) -> Config:
-    config = tiny.replace(
-        model={"vocab_size": 600, "n_positions": 64, "n_embd": 64},
-        data={"dir": str(prepared), "synthetic_documents": 200, "synthetic_eval_documents": 10},
-        train={"steps": 12, "log_every": 1, "eval_every": 6, "checkpoint_every": 3, "keep_last": 10},
-        run={"dir": str(run_dir), "tensorboard": False, "connect_timeout": 60, "heartbeat_timeout": 8},
+    config = tiny.run_config(
+        prepared,
+        run_dir,
+        train={"steps": 12, "eval_every": 6, "checkpoint_every": 3, "keep_last": 10},
+        run={"connect_timeout": 60, "heartbeat_timeout": 8},
     )
     return tiny.replace(config, **groups)
 

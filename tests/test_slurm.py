@@ -49,11 +49,8 @@ def checkout(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkout")
     (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
     write_activate(folder, Path(sys.executable).parent, f"{REPOSITORY}:{folder}")
-    config = tiny.replace(
-        model={"vocab_size": 600, "n_positions": 64, "n_embd": 64},
-        data={"dir": str(folder / "prepared"), "synthetic_documents": 200, "synthetic_eval_documents": 10},
-        train={"steps": STEPS, "log_every": 1, "eval_every": 0, "checkpoint_every": CHECKPOINT_EVERY},
-        run={"tensorboard": False},
+    config = tiny.run_config(
+        folder / "prepared", "", train={"steps": STEPS, "eval_every": 0, "checkpoint_every": CHECKPOINT_EVERY}
     )
     rows.ensure_prepared(config)
     config_lib.save_config(config, folder / "config.yaml")

@@ -29,12 +29,7 @@ def prepared(tmp_path_factory):
 
 
 def make_config(prepared, run_dir, **groups) -> Config:
-    config = tiny.replace(
-        model={"vocab_size": 600, "n_positions": 64, "n_embd": 64},
-        data={"dir": str(prepared), "synthetic_documents": 200, "synthetic_eval_documents": 10},
-        train={"steps": 30, "log_every": 1, "eval_every": 10, "checkpoint_every": 5},
-        run={"dir": str(run_dir), "tensorboard": False},
-    )
+    config = tiny.run_config(prepared, run_dir, train={"steps": 30, "eval_every": 10, "checkpoint_every": 5})
     return tiny.replace(config, **groups)
 
 

@@ -24,6 +24,17 @@ def replace(config: Config = CONFIG, **groups: dict[str, Any]) -> Config:
     )
 
 
+def run_config(prepared: Any, run_dir: Any, **groups: dict[str, Any]) -> Config:
+    """A run on synthetic text that `train` takes: `prepared` is where its rows lie."""
+    config = replace(
+        model={"vocab_size": 600, "n_positions": 64, "n_embd": 64},
+        data={"dir": str(prepared), "synthetic_documents": 200, "synthetic_eval_documents": 10},
+        train={"log_every": 1},
+        run={"dir": str(run_dir), "tensorboard": False},
+    )
+    return replace(config, **groups)
+
+
 def random_batch(config: Config, index: int) -> step.Batch:
     """Random rows, some of them padded."""
     shape = (config.train.global_batch_size, config.model.n_positions)
