@@ -13,7 +13,8 @@ import re
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 logger = logging.getLogger(__name__)
 
@@ -60,26 +61,33 @@ OPTIONS = (
 )
 
 
-def for_mesh(mesh: Mesh) -> dict[str, Any]:
-    """The options to compile a step for these devices with; none for one device, which exchanges nothing."""
-    # One of this process's own, which compiles the trials; all are of one kind.
-    device = next(d for d in mesh.devices.flat if d.process_index == jax.process_index())
-    return dict(_for_device(device, os.environ.get(_VARIABLES.get(device.platform, ""), ""))) if mesh.size > 1 else {}
-
-
+# Where users set options of the compiler for a platform.
 _VARIABLES = {"gpu": "XLA_FLAGS", "cuda": "XLA_FLAGS", "tpu": "LIBTPU_INIT_ARGS"}
 
 
+def for_mesh(mesh: Mesh) -> dict[str, Any]:
+    """The options to compile a step for these devices with; none for one device, which exchanges nothing."""
+    if mesh.size == 1:
+        return {}
+    return dict(_for_mesh(mesh, os.environ.get(_VARIABLES.get(mesh.devices.flat[0].platform, "XLA_FLAGS"), "")))
+
+
 @functools.cache
-def _for_device(device: Any, set_by_user: str) -> tuple[tuple[str, Any], ...]:
+def _for_mesh(mesh: Mesh, set_by_user: str) -> tuple[tuple[str, Any], ...]:
     theirs = set(re.findall(r"--(\w+)", set_by_user))
-    nothing = jax.jit(lambda: 0, out_shardings=SingleDeviceSharding(device)).lower()
+    kind = mesh.devices.flat[0].device_kind
+    wanted = [
+        option
+        for option in OPTIONS
+        if re.search(option.devices, kind) and not theirs & {name for name, _ in option.spellings}
+    ]
+    if not wanted:
+        return ()
+    # On the whole mesh, which is the one that a caller may have set.
+    nothing = jax.jit(lambda: 0, out_shardings=NamedSharding(mesh, P())).lower()
     nothing.compile()  # so that what fails with an option fails for the option
     chosen = []
-    for option in OPTIONS:
-        names = {name for name, _ in option.spellings}
-        if not re.search(option.devices, device.device_kind) or names & theirs:
-            continue
+    for option in wanted:
         known = next((spelling for spelling in option.spellings if _is_known(nothing, *spelling)), None)
         if known:
             chosen.append(known)

@@ -210,7 +210,8 @@ def test_replicas_of_a_pod_reduce_shards_only():
 def test_this_compiler_knows_every_option(target, name, monkeypatch, caplog):
     require(target)
     mesh = sharding.make_mesh(MeshConfig(), targets.parse(name).devices())
-    chosen = compiler_options.for_mesh(mesh)
+    with jax.set_mesh(mesh):  # as `train` asks
+        chosen = compiler_options.for_mesh(mesh)
     kind = mesh.devices.flat[0].device_kind
     for option in compiler_options.OPTIONS:
         if re.search(option.devices, kind):
@@ -223,10 +224,10 @@ def test_this_compiler_knows_every_option(target, name, monkeypatch, caplog):
     monkeypatch.undo()
     unknown = compiler_options.Option((("xla_no_such_option", 1),), ".", "does nothing")
     monkeypatch.setattr(compiler_options, "OPTIONS", (*compiler_options.OPTIONS, unknown))
-    compiler_options._for_device.cache_clear()
+    compiler_options._for_mesh.cache_clear()
     assert compiler_options.for_mesh(mesh) == chosen
     assert "no option xla_no_such_option; left out" in caplog.text
-    compiler_options._for_device.cache_clear()
+    compiler_options._for_mesh.cache_clear()
 
 
 @pytest.mark.parametrize("packed", [False, True])
