@@ -100,14 +100,27 @@ class ModelConfig:
 class DataConfig:
     """Text, its tokenizer, and the rows of token ids made from them."""
 
-    source: Literal["synthetic", "pile", "text"] = "synthetic"
-    """Format of the text: the bundled generator, The Pile's JSON lines (plain, .gz, .zst), or plain text files."""
+    source: Literal["synthetic", "pile", "parquet", "pubmed_xml", "jats_xml", "text"] = "synthetic"
+    """Format of the text: the bundled generator, The Pile's JSON lines, Parquet with a text column, NLM's PubMed XML,
+    PubMed Central's JATS XML (files or tar archives), or plain text files; each plain, gzip or zstd."""
     train_files: Paths = ()
-    """Paths or globs of training text."""
+    """Paths, globs or URLs (gs://, s3://, https://) of training text."""
     eval_files: Paths = ()
-    """Paths or globs of held-out text; none means no evaluation."""
+    """Paths, globs or URLs of held-out text; none means no evaluation, unless data.eval_fraction is set."""
+    eval_fraction: float = 0.0
+    """Fraction of the documents of data.train_files to hold out, chosen by a hash of their text."""
     pile_sets: tuple[str, ...] = ("PubMed Abstracts", "PubMed Central")
-    """Which of The Pile's sets to keep, by meta.pile_set_name."""
+    """Which of The Pile's sets to keep, by meta.pile_set_name; [] keeps every record, also without that name."""
+    text_field: str = "text"
+    """Name of the text in records of source: pile and in columns of source: parquet."""
+    languages: tuple[str, ...] = ("eng",)
+    """Languages of source: pubmed_xml and jats_xml to keep, in NLM's codes; [] keeps all."""
+    benchmark_files: Paths = ()
+    """Paths, globs or URLs of the questions of downstream tasks, looked for in the training text."""
+    contaminated: Literal["drop", "report"] = "drop"
+    """What becomes of training documents that share 13 words in a row with data.benchmark_files."""
+    processes: int = 0
+    """Processes that prepare rows on this machine; 0 is one a core. The rows do not depend on it."""
     dir: str = ""
     """Folder of the prepared rows, made when missing; by default 'prepared' inside run.dir."""
     tokenizer: str = ""
@@ -121,6 +134,10 @@ class DataConfig:
     """Held-out documents of source: synthetic."""
     reader_threads: int = 4
     """Threads that read rows ahead of the step."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Folders of prepared rows and their weights: each batch draws from all of them. Replaces data.dir and its text."""
+    document_attention: bool = False
+    """Attend within a document only, its positions counted from its start; false attends to all of a row before."""
 
     def __post_init__(self) -> None:
         if self.source != "synthetic":

@@ -14,7 +14,6 @@ import glob
 import itertools
 import json
 import os
-import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from typing import Any, BinaryIO, Literal
 import zstandard
 
 from biomedlm_jax.errors import UserError
+from biomedlm_jax.tokenizer import LONE_SURROGATE
 
 PUBMED_SETS = ("PubMed Abstracts", "PubMed Central")
 
@@ -36,8 +36,6 @@ BROKEN: tuple[Reason, ...] = ("not JSON", "wrong type", "invalid UTF-8")
 MAX_SAMPLES = 3
 # Bytes read from a file at once: bounds the memory of decompression, about 3 times as much for text.
 CHUNK_BYTES = 1 << 17
-# JSON escapes can spell half of a surrogate pair, which no UTF-8 and no tokenizer can hold.
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def _read_rows(patterns: list[str], tokenizer: Any, n_positions: int, report: An
     if tokens < 2:
         raise UserError(f"{' '.join(patterns)}: no text to evaluate; left out: {dict(report.dropped)}")
     packed[-1] = np.pad(packed[-1], (0, n_positions - len(packed[-1])))
-    return rows.Rows([{"tokens": row} for row in packed], n_positions, tokens, "", None)
+    return rows.Rows([{"tokens": row} for row in packed], n_positions, tokens, "", tokenizer.eos_id)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from biomedlm_jax.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "manifest.json"
-_FORMAT = 1
+_FORMAT = 2
 _PREPARE_AGAIN = "delete the folder and prepare it again"
 _DATASET = "biomedlm_rows"
 _ROWS_PER_FILE = 1 << 16
@@ -63,7 +63,9 @@ class Rows:
     """Ids before padding; fewer than len(source) * n_positions where the last row is padded."""
     fingerprint: str
     """Hash of the rows."""
-    entropy: float | None
+    eos_id: int
+    """Id that ends each document."""
+    entropy: float | None = None
     """Nats a token that a perfect model of the text cannot do without; known of the synthetic text only."""
 
     def __len__(self) -> int:
@@ -140,7 +142,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged ({error}): {_PREPARE_AGAIN}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise UserError(f"{path} is not of format {_FORMAT}, which this version reads: {_PREPARE_AGAIN}")
-    needed = {"settings", "n_positions", "vocab_size", "tokenizer_sha256", "splits"}
+    needed = {"settings", "n_positions", "vocab_size", "eos_id", "tokenizer_sha256", "splits"}
     if missing := sorted(needed - manifest.keys()):
         raise UserError(f"{path} is damaged (it lacks {', '.join(missing)}): {_PREPARE_AGAIN}")
     return manifest
@@ -170,7 +172,7 @@ def open_rows(folder: Path, split: str) -> Rows | None:
             f"{folder / 'rows'} has {len(source)} rows of {split}, its manifest says {counts['rows']}: {_PREPARE_AGAIN}"
         )
     entropy = counts["entropy_nats"] / counts["tokens"] if "entropy_nats" in counts else None
-    return Rows(source, manifest["n_positions"], counts["tokens"], counts["sha256"], entropy)
+    return Rows(source, manifest["n_positions"], counts["tokens"], counts["sha256"], manifest["eos_id"], entropy)
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -235,6 +237,7 @@ def _prepare(config: Config, folder: Path) -> None:
         "settings": _settings(config),
         "n_positions": config.model.n_positions,
         "vocab_size": tokenizer.vocab_size,
+        "eos_id": tokenizer.eos_id,
         "tokenizer_sha256": tokenizer.fingerprint,
         "splits": counts,
     }

@@ -16,7 +16,6 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from biomedlm_jax.corpus import LONE_SURROGATE
 from biomedlm_jax.errors import UserError, run_command
 from biomedlm_jax.files import replace_file
 
@@ -32,6 +31,8 @@ _SPACE = "\u2581"
 # Parts of a text that SentencePiece may encode one by one: no piece holds a space after its first character, so that
 # none reaches over a part's end, and short parts are four times as fast as a whole book.
 _PARTS = re.compile(f"{_SPACE}|[^{_SPACE}]{{1,2000}}[^{_SPACE} ]*")
+# JSON escapes can spell half of a surrogate pair, which no UTF-8 and no tokenizer can hold.
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 # Training drops a sentence that holds NUL or U+2585.
 _SENTENCE_ENDS = re.compile(f"[\n\0\u2585{_SPACE}]")
 

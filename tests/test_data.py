@@ -15,7 +15,7 @@ class Source(list):
 
 
 def make_rows(count, tokens=None, width=4):
-    return Rows(Source(count, width), width, count * width if tokens is None else tokens, "hash", None)
+    return Rows(Source(count, width), width, count * width if tokens is None else tokens, "hash", 0)
 
 
 def read(start, stop, *, count=50, batch=8, seed=3, mesh=None):
@@ -52,7 +52,7 @@ def test_far_steps_are_reached_at_once():
             Counting.reads += 1
             return super().__getitem__(index)
 
-    rows = Rows(Counting(1000), 4, 4000, "hash", None)
+    rows = Rows(Counting(1000), 4, 4000, "hash", 0)
     mesh = sharding.make_mesh(MeshConfig())
     batches = data.train_batches(rows, 0, 1024, 280_000, 280_001, sharding.batch_sharding(mesh), threads=1)
     assert next(batches).tokens.shape == (1024, 4)
@@ -95,7 +95,7 @@ def test_held_out_rows_come_once_and_padding_is_masked():
 def test_identity_holds_what_batches_depend_on(name):
     base = data.identity(make_rows(10), 0, 8)
     others = {
-        "rows_sha256": data.identity(Rows(Source(10), 4, 40, "other", None), 0, 8),
+        "rows_sha256": data.identity(Rows(Source(10), 4, 40, "other", 0), 0, 8),
         "rows": data.identity(make_rows(11), 0, 8),
         "n_positions": data.identity(make_rows(10, width=5), 0, 8),
         "seed": data.identity(make_rows(10), 1, 8),

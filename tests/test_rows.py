@@ -167,9 +167,9 @@ def test_damage_is_noticed(pile_config):
     manifest = json.loads((folder / "manifest.json").read_text())
     fewer = manifest["splits"] | {"train": manifest["splits"]["train"] | {"rows": 7}}
     for text, message in [
-        (json.dumps(manifest | {"format": 99}), "is not of format 1"),
-        (json.dumps({"format": 1}), "is damaged .it lacks n_positions, settings"),
-        ("[1, 2]", "is not of format 1"),
+        (json.dumps(manifest | {"format": 99}), "is not of format 2"),
+        (json.dumps({"format": 2}), "is damaged .it lacks eos_id, n_positions, settings"),
+        ("[1, 2]", "is not of format 2"),
         ("{", "is damaged"),
         ("\udcff", "is damaged"),
         (json.dumps(manifest | {"splits": fewer}), "its manifest says 7"),
