@@ -44,6 +44,23 @@ class Document:
 
     text: str
     source: str
+    pmid: int = 0
+    version: int = 0
+
+
+@dataclass(frozen=True)
+class Selection:
+    pile_sets: tuple[str, ...] = PUBMED_SETS
+    text_field: str = "text"
+    languages: tuple[str, ...] = ("eng",)
+
+
+def file_size(path: str) -> int:
+    return os.stat(path).st_size
+
+
+def file_identity(path: str) -> str:
+    return f"{os.stat(path).st_size}-{os.stat(path).st_mtime_ns}"
 
 
 @dataclass
@@ -59,6 +76,8 @@ class ReadReport:
     replaced_surrogates: int = 0
     """Lone surrogates replaced by U+FFFD in the documents kept."""
     samples: dict[str, list[str]] = field(default_factory=dict)
+    raw_bytes: int = field(default=0, compare=False)
+    deleted: list[int] = field(default_factory=list)
     """The first places of each reason, as "file:line"."""
 
     @property
@@ -118,7 +137,7 @@ def expand_globs(patterns: Sequence[str]) -> list[str]:
 
 
 def read_documents(
-    source: str, files: Sequence[str], report: ReadReport, pile_sets: Sequence[str] = PUBMED_SETS
+    source: str, files: Sequence[str], report: ReadReport, selection: Selection = Selection()
 ) -> Iterator[Document]:
     """The documents of `files`, in their order.
 
@@ -135,16 +154,16 @@ def read_documents(
       UserError: an unknown source, at once; a corrupt or truncated archive, when reading reaches it.
     """
     if source == "pile":
-        return (document for file in files for document in _read_pile(file, report, frozenset(pile_sets)))
+        return (document for file in files for document in _read_pile(file, report, frozenset(selection.pile_sets)))
     if source == "text":
         return (document for file in files for document in _read_text(file, report))
     raise UserError(f"{source!r} is no format of text files: write pile or text")
 
 
-def read_mixed(files: Sequence[str], report: ReadReport, pile_sets: Sequence[str] = PUBMED_SETS) -> Iterator[Document]:
+def read_mixed(files: Sequence[str], report: ReadReport, selection: Selection = Selection()) -> Iterator[Document]:
     """Documents of files of both formats, told apart by name (".json") or else by their first line."""
     for file in files:
-        yield from read_documents("pile" if _is_pile(file) else "text", [file], report, pile_sets)
+        yield from read_documents("pile" if _is_pile(file) else "text", [file], report, selection)
 
 
 def _is_pile(file: str) -> bool:
