@@ -1,0 +1,466 @@
+"""Texts of evaluation sets in training documents: shared runs of 13 words, as GPT-3 looked for them.
+
+After Brown et al. 2020 (arXiv:2005.14165), appendix C: a document holds an evaluation text if the two share 13 words
+in a row. A text of 8 to 12 words must be there as a whole; shorter ones turn up by chance and are not looked for.
+
+Words are maximal runs of letters and digits, without case, accents and Unicode's compatibility forms ("µ" is "μ",
+"ﬁ" is "fi"); everything else separates them, so that line ends, dashes and quotation marks make no difference. A
+script without spaces has no words in this sense: a set in Chinese is refused for having no texts.
+
+Words and runs are compared by 64-bit hashes: with 10 million runs of evaluation texts and the 25e9 words of The Pile's
+PubMed parts, a few percent is the chance that one document of all is taken for contaminated by a collision.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from biomedlm_jax.corpus import _chunks
+from biomedlm_jax.errors import UserError
+
+N_WORDS = 13
+MIN_WORDS = 8
+"""Also the length by whose hash most runs of a document are told to be in no evaluation text: `_runs` doubles to it."""
+
+_SHORTEST = f"{MIN_WORDS} words"
+# Bytes hashed at once: what they need stays in a core's cache, and memory is bounded however long a document is. Longer
+# words are cut in pieces.
+_BLOCK = 1 << 15
+# Bits of the prefilter for each run of words, at least: of the runs in no evaluation text, at most 1 in 16 passes.
+_FILTER_BITS = 16
+
+# Multipliers of the hashes of words and of runs: any odd numbers that are 5 modulo 8 do (so that B**i - B**j is
+# divisible by few powers of 2); these are pi's and e's digits.
+_WORD_BASE = 0x243F6A8885A308D5
+_RUN_BASE = 0xADF85458A2BB4A9D
+
+
+def _powers(base: int) -> np.ndarray:
+    factors = np.full(_BLOCK + 1, base, np.uint64)
+    factors[0] = 1
+    return np.cumprod(factors)
+
+
+_POWERS = _powers(_WORD_BASE)
+_INVERSE_POWERS = _powers(pow(_WORD_BASE, -1, 1 << 64))
+
+# ASCII in lower case, 0 for what separates words; bytes of other characters, which `_fold` leaves, belong to words.
+_WORD_BYTES = bytes(i if i >= 0x80 else ord(chr(i).lower()) if chr(i).isalnum() else 0 for i in range(256))
+# A word between texts that is in none: UTF-8 has no such byte.
+_BOUNDARY = b"\0\xff\0"
+_NON_ASCII = re.compile(r"[^\x00-\x7f]+")
+
+
+class _FoldedCharacters(dict[str, str]):
+    def __missing__(self, character: str) -> str:
+        folded = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", character).casefold())
+        # Accents and invisible characters (soft hyphens) vanish, so that composed and decomposed letters are equal.
+        kept = (c for c in folded if unicodedata.category(c)[0] != "M" and unicodedata.category(c) != "Cf")
+        self[character] = "".join(c if c.isalnum() else " " for c in kept)
+        return self[character]
+
+
+_FOLDED = _FoldedCharacters()
+
+
+def _fold(match: re.Match[str]) -> str:
+    return "".join(map(_FOLDED.__getitem__, match[0]))
+
+
+def _words(text: str) -> bytes:
+    """The text's words with one or more zero bytes between them."""
+    if not text.isascii():
+        text = _NON_ASCII.sub(_fold, text)
+    return text.encode().translate(_WORD_BYTES)
+
+
+def _word_hashes(words: bytes) -> Iterator[np.ndarray]:
+    """Hashes of words, uint64 [words of a block], block by block."""
+    start = 0
+    while start < len(words):
+        end = start + _BLOCK
+        if end < len(words):
+            end = words.rfind(b"\0", start, end) + 1 or end
+        yield _block_hashes(words[start:end])
+        start = end
+
+
+def _block_hashes(words: bytes) -> np.ndarray:
+    """Each word's sum of byte[k] * base**k modulo 2**64, mixed."""
+    data = np.frombuffer(b"\0" + words + b"\0", np.uint8)
+    in_word = data != 0
+    edges = np.flatnonzero(in_word[1:] != in_word[:-1])
+    starts, ends = edges[::2], edges[1::2]
+    sums = np.empty(len(data) - 1, np.uint64)
+    sums[0] = 0
+    np.cumsum(data[1:-1] * _POWERS[: len(words)], out=sums[1:])
+    hashes = (sums[ends] - sums[starts]) * _INVERSE_POWERS[starts]
+    # The finaliser of SplitMix64, which is one to one: similar words get unrelated hashes.
+    hashes ^= hashes >> np.uint64(30)
+    hashes *= np.uint64(0xBF58476D1CE4E5B9)
+    hashes ^= hashes >> np.uint64(27)
+    hashes *= np.uint64(0x94D049BB133111EB)
+    hashes ^= hashes >> np.uint64(31)
+    return hashes
+
+
+_BOUNDARY_HASH = _block_hashes(_BOUNDARY)[0]
+
+
+def _runs(hashes: np.ndarray) -> np.ndarray:
+    """Hashes of the runs of MIN_WORDS words at each word, [words - MIN_WORDS + 1]: base**7 * word 0 + ... + word 7."""
+    width = 1
+    while width < MIN_WORDS:
+        hashes = hashes[:-width] * np.uint64(pow(_RUN_BASE, width, 1 << 64)) + hashes[width:]
+        width *= 2
+    return hashes
+
+
+def _longer_runs(runs: np.ndarray, words: np.ndarray, starts: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """For each length from MIN_WORDS to N_WORDS the hashes of the runs at some words.
+
+    Args:
+      runs: those of MIN_WORDS at `starts`.
+      words: hashes of words, with N_WORDS - MIN_WORDS more behind the last run.
+      starts: indices into `words`.
+    """
+    yield MIN_WORDS, runs
+    for length in range(MIN_WORDS + 1, N_WORDS + 1):
+        runs = runs * np.uint64(_RUN_BASE) + words[starts + (length - 1)]
+        yield length, runs
+
+
+@dataclass(frozen=True, slots=True)
+class BenchmarkText:
+    """A text of an evaluation set."""
+
+    file: str
+    record: str
+    """Number of the line or row, from 1, or key of the record."""
+    sample: str
+    """Its first words."""
+
+    @property
+    def place(self) -> str:
+        """Where it is, as "file:record"."""
+        return f"{self.file}:{self.record}"
+
+
+@dataclass
+class FileCounts:
+    """What one file of an evaluation set holds."""
+
+    records: int = 0
+    texts: int = 0
+    """Strings that are looked for."""
+    too_short: int = 0
+    """Strings of fewer than MIN_WORDS words."""
+    records_without_texts: int = 0
+    """Records of which nothing is looked for."""
+
+
+@dataclass(frozen=True)
+class BenchmarkIndex:
+    """The runs of words of evaluation texts; may be pickled."""
+
+    texts: list[BenchmarkText]
+    """By id."""
+    files: dict[str, FileCounts]
+    fingerprint: str
+    """Hash of all runs: equal if and only if the same documents are contaminated."""
+    _keys: np.ndarray
+    """Sorted hashes of runs, uint64 [runs]."""
+    _owners: np.ndarray
+    """The text of each, int32 [runs]."""
+    _lengths: frozenset[int]
+    """The lengths of runs that occur."""
+    _filter: np.ndarray
+    """Bits, uint8 [a power of 2], that are set at the hashes of the first MIN_WORDS words of the runs."""
+
+    def find(self, text: str) -> list[int]:
+        """Ids of the evaluation texts that a document holds, sorted; none if it is clean."""
+        return self.find_all([text])[0]
+
+    def find_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """`find` for each of many documents, several times as fast where they are short."""
+        found: list[set[int]] = [set() for _ in texts]
+        boundaries = [np.empty(0, np.int64)]
+        places, owners = [], []
+        # Words before those at hand, and the last of them, with which the next runs begin.
+        seen, before = 0, np.empty(0, np.uint64)
+        for block in _word_hashes(_BOUNDARY.join(map(_words, texts))):
+            boundaries.append(np.flatnonzero(block == _BOUNDARY_HASH) + seen)
+            hashes = np.concatenate([before, block])
+            for starts, ids in self._matches(hashes):
+                places.append(starts + (seen - len(before)))
+                owners.append(ids)
+            seen += len(block)
+            before = hashes[-(N_WORDS - 1) :]
+        if places:
+            documents = np.searchsorted(np.concatenate(boundaries), np.concatenate(places))
+            for document, owner in zip(documents.tolist(), np.concatenate(owners).tolist(), strict=True):
+                found[document].add(owner)
+        return [sorted(ids) for ids in found]
+
+    def _matches(self, words: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Runs of words in evaluation texts: the index of their first word and the text's id, [matches] each."""
+        if len(words) < MIN_WORDS:
+            return
+        runs = _runs(words)
+        starts = np.flatnonzero(_get_bits(self._filter, runs))
+        if not len(starts):
+            return
+        words = np.append(words, np.zeros(N_WORDS - MIN_WORDS, np.uint64))
+        for length, hashes in _longer_runs(runs[starts], words, starts):
+            if length not in self._lengths:
+                continue
+            first = np.searchsorted(self._keys, hashes)
+            equal = self._keys[np.minimum(first, len(self._keys) - 1)] == hashes
+            if equal.any():
+                counts = np.searchsorted(self._keys, hashes[equal], "right") - first[equal]
+                for start, at, count in zip(starts[equal], first[equal], counts, strict=True):
+                    yield np.full(count, start), self._owners[at : at + count]
+
+    def as_dict(self) -> dict[str, Any]:
+        """What was read, as JSON can hold it."""
+        return {
+            "n_words": N_WORDS,
+            "min_words": MIN_WORDS,
+            "texts": len(self.texts),
+            "fingerprint": self.fingerprint,
+            "files": {file: dict(vars(counts)) for file, counts in self.files.items()},
+        }
+
+
+def _filter_places(bits: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Byte and bit of hashes in a filter: their upper bits tell."""
+    places = (hashes >> np.uint64(64 - (8 * len(bits)).bit_length() + 1)).view(np.int64)
+    return places >> 3, (places & 7).astype(np.uint8)
+
+
+def _get_bits(bits: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+    places, shifts = _filter_places(bits, hashes)
+    return (bits[places] >> shifts) & 1
+
+
+def _set_bits(bits: np.ndarray, hashes: np.ndarray) -> None:
+    places, shifts = _filter_places(bits, hashes)
+    np.bitwise_or.at(bits, places, np.left_shift(np.uint8(1), shifts))
+
+
+def read_benchmarks(files: Sequence[str]) -> BenchmarkIndex:
+    """Reads evaluation sets: every string of their records that has at least MIN_WORDS words is a text to look for.
+
+    The name tells the format, before a .gz or .zst: .jsonl (a line is a record), .json (lines, or one list or dict of
+    records), .csv and .tsv (all rows are records, there need be no header), .parquet, .txt (a line is a record).
+
+    Args:
+      files: paths or URLs, as from `corpus.expand_globs`.
+
+    Raises:
+      UserError: a broken record, another format, or a file with no text long enough; names the file and its line.
+    """
+    texts: list[BenchmarkText] = []
+    words: list[bytes] = []
+    counts: dict[str, FileCounts] = {}
+    for file in files:
+        counts[file] = count = FileCounts()
+        for name, record in _records(file):
+            count.records += 1
+            texts_before = count.texts
+            for string in _strings(record):
+                found = _words(string)
+                split = found.split(b"\0")
+                n_words = len(split) - split.count(b"")
+                if n_words >= MIN_WORDS:
+                    count.texts += 1
+                    texts.append(BenchmarkText(file, name, b" ".join(filter(None, split[:99])).decode()[:100]))
+                    words.append(found)
+                elif n_words:
+                    count.too_short += 1
+            count.records_without_texts += count.texts == texts_before
+        if not count.texts:
+            raise UserError(
+                f"{file} has no text of at least {_SHORTEST} among its {count.records} records: there is nothing to "
+                "look for in documents; leave it out"
+            )
+    return _index(words, texts, counts)
+
+
+def _index(words: list[bytes], texts: list[BenchmarkText], files: dict[str, FileCounts]) -> BenchmarkIndex:
+    hashes = np.concatenate([*_word_hashes(_BOUNDARY.join([*words, b""])), np.zeros(N_WORDS, np.uint64)])
+    boundaries = np.flatnonzero(hashes == _BOUNDARY_HASH)
+    sizes = np.diff(boundaries, prepend=-1) - 1
+    # Each text has size - length + 1 runs, which begin at its first words.
+    run_lengths = np.minimum(sizes, N_WORDS)
+    run_counts = sizes - run_lengths + 1
+    owners = np.repeat(np.arange(len(texts), dtype=np.int32), run_counts)
+    nth_run = np.arange(len(owners)) - np.repeat(np.cumsum(run_counts) - run_counts, run_counts)
+    starts = (boundaries - sizes)[owners] + nth_run
+    lengths = run_lengths[owners]
+
+    prefixes = _runs(hashes)[starts]
+    keys = np.empty(len(starts), np.uint64)
+    for length, runs in _longer_runs(prefixes, hashes, starts):
+        keys[lengths == length] = runs[lengths == length]
+    order = np.lexsort([owners, keys])
+    keys, owners = keys[order], owners[order]
+    again = (keys[1:] == keys[:-1]) & (owners[1:] == owners[:-1])
+    keys, owners = (array[np.append(True, ~again)] for array in (keys, owners))
+
+    bits = np.zeros(1 << max(len(keys) * _FILTER_BITS // 8, 1).bit_length(), np.uint8)
+    _set_bits(bits, prefixes)
+    fingerprint = hashlib.sha256(np.unique(keys).astype("<u8").tobytes()).hexdigest()
+    return BenchmarkIndex(texts, files, fingerprint, keys, owners, frozenset(lengths.tolist()), bits)
+
+
+def _strings(record: Any) -> Iterator[str]:
+    """The strings in a record, in their order; keys are none."""
+    pending = [record]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            pending += reversed(value.values())
+        elif isinstance(value, list | tuple):
+            pending += reversed(value)
+
+
+# --- File formats ------------------------------------------------------------------------------------------------
+
+
+def _records(file: str) -> Iterator[tuple[str, Any]]:
+    """Name and content of each record of a file."""
+    name = re.split(r"[?#]", file)[0] if "://" in file else file
+    extension = re.sub(r"\.(gz|zst)$", "", name.lower()).rpartition(".")[2]
+    if extension == "parquet":
+        return _parquet_records(file)
+    if extension not in _FORMATS:
+        raise UserError(f"{file} is no evaluation set by its name: it must end in .parquet, .{', .'.join(_FORMATS)}")
+    return _FORMATS[extension](file, _text(file))
+
+
+def _text(file: str) -> str:
+    data = b"".join(_chunks(file))
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{file}:{line} is not UTF-8, and an evaluation set must be read whole: repair it") from error
+
+
+def _json(text: str, file: str, first_line: int = 1) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line = first_line + getattr(error, "lineno", 1) - 1
+        raise UserError(
+            f"{file}:{line} is not JSON ({error}), and an evaluation set must be read whole: repair it"
+        ) from error
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+
+
+def _text_records(file: str, text: str) -> Iterator[tuple[str, str]]:
+    return ((str(number), line) for number, line in _lines(text))
+
+
+def _jsonl_records(file: str, text: str) -> Iterator[tuple[str, Any]]:
+    for number, line in _lines(text):
+        record = _json(line, file, number)
+        if not isinstance(record, dict | list | str):
+            raise UserError(f"{file}:{number} holds {line.strip()[:20]!r}, which is no record: repair it")
+        yield str(number), record
+
+
+def _json_records(file: str, text: str) -> Iterator[tuple[str, Any]]:
+    lines = _lines(text)
+    first, second = next(lines, None), next(lines, None)
+    if first and second:
+        # MedMCQA's .json files hold JSON lines.
+        try:
+            json.loads(first[1])
+        except (ValueError, RecursionError):
+            pass
+        else:
+            yield from _jsonl_records(file, text)
+            return
+    content = _json(text, file)
+    if isinstance(content, list):
+        yield from ((str(number), record) for number, record in enumerate(content, 1))
+    elif isinstance(content, dict) and all(isinstance(value, dict | list) for value in content.values()):
+        # PubMedQA's {id: record}, and BioASQ's {"questions": [record, ...]}.
+        for key, value in content.items():
+            if isinstance(value, dict):
+                yield key, value
+            else:
+                yield from ((f"{key}[{index}]", record) for index, record in enumerate(value))
+    else:
+        yield "1", content
+
+
+def _table_records(file: str, text: str, delimiter: str, quoting: int = csv.QUOTE_MINIMAL) -> Iterator[tuple[str, Any]]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
+    columns = None
+    try:
+        for row in reader:
+            if not row:
+                continue
+            columns = columns or len(row)
+            if len(row) != columns:
+                raise csv.Error(f"{len(row)} fields, where the first row has {columns}")
+            yield str(reader.line_num), row
+    except csv.Error as error:
+        raise UserError(
+            f"{file}:{reader.line_num} is broken ({error}), and an evaluation set must be read whole: repair it"
+        ) from error
+
+
+def _csv_records(file: str, text: str) -> Iterator[tuple[str, Any]]:
+    return _table_records(file, text, ",")
+
+
+def _tsv_records(file: str, text: str) -> Iterator[tuple[str, Any]]:
+    """Quotation marks are often part of the text: so they are taken where they make no table."""
+    try:
+        return iter(list(_table_records(file, text, "\t")))
+    except UserError:
+        return _table_records(file, text, "\t", csv.QUOTE_NONE)
+
+
+def _parquet_records(file: str) -> Iterator[tuple[str, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f"{file}: Parquet files need pyarrow: pip install pyarrow") from error
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(io.BytesIO(b"".join(_chunks(file)))).iter_batches():
+            for record in batch.to_pylist():
+                number += 1
+                yield str(number), record
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{file} is broken behind row {number} ({error}): fetch it again") from error
+
+
+_FORMATS: dict[str, Callable[[str, str], Iterator[tuple[str, Any]]]] = {
+    "jsonl": _jsonl_records,
+    "json": _json_records,
+    "csv": _csv_records,
+    "tsv": _tsv_records,
+    "txt": _text_records,
+}
