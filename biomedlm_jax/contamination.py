@@ -13,6 +13,7 @@ PubMed parts, a few percent is the chance that one document of all is taken for 
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
@@ -35,9 +36,11 @@ MIN_WORDS = 8
 _SHORTEST = f"{MIN_WORDS} words"
 # Bytes hashed at once: what they need stays in a core's cache, and memory is bounded however long a document is. Longer
 # words are cut in pieces.
-_BLOCK = 1 << 15
-# Bits of the prefilter for each run of words, at least: of the runs in no evaluation text, at most 1 in 16 passes.
+_BLOCK = 1 << 16
+# Bits of the prefilter (a Bloom filter with two probes) for each run of words, at least: of the runs in no evaluation
+# text, at most 1 in 8 passes the first probe and 1 in 70 both.
 _FILTER_BITS = 16
+_SECOND_PROBE = np.uint64(0x9E3779B97F4A7C15)
 
 # Multipliers of the hashes of words and of runs: any odd numbers that are 5 modulo 8 do (so that B**i - B**j is
 # divisible by few powers of 2); these are pi's and e's digits.
@@ -58,7 +61,6 @@ _INVERSE_POWERS = _powers(pow(_WORD_BASE, -1, 1 << 64))
 _WORD_BYTES = bytes(i if i >= 0x80 else ord(chr(i).lower()) if chr(i).isalnum() else 0 for i in range(256))
 # A word between texts that is in none: UTF-8 has no such byte.
 _BOUNDARY = b"\0\xff\0"
-_NON_ASCII = re.compile(r"[^\x00-\x7f]+")
 
 
 class _FoldedCharacters(dict[str, str]):
@@ -73,15 +75,18 @@ class _FoldedCharacters(dict[str, str]):
 _FOLDED = _FoldedCharacters()
 
 
-def _fold(match: re.Match[str]) -> str:
-    return "".join(map(_FOLDED.__getitem__, match[0]))
+def _fold(error: UnicodeError) -> tuple[bytes, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(map(_FOLDED.__getitem__, error.object[error.start : error.end])).encode(), error.end
+
+
+# The codec finds characters beyond ASCII five times as fast as a regular expression.
+codecs.register_error("biomedlm_jax.fold", _fold)
 
 
 def _words(text: str) -> bytes:
     """The text's words with one or more zero bytes between them."""
-    if not text.isascii():
-        text = _NON_ASCII.sub(_fold, text)
-    return text.encode().translate(_WORD_BYTES)
+    return text.encode("ascii", "biomedlm_jax.fold").translate(_WORD_BYTES)
 
 
 def _word_hashes(words: bytes) -> Iterator[np.ndarray]:
@@ -217,7 +222,7 @@ class BenchmarkIndex:
         if len(words) < MIN_WORDS:
             return
         runs = _runs(words)
-        starts = np.flatnonzero(_get_bits(self._filter, runs))
+        starts = _may_hold(self._filter, runs)
         if not len(starts):
             return
         words = np.append(words, np.zeros(N_WORDS - MIN_WORDS, np.uint64))
@@ -228,8 +233,8 @@ class BenchmarkIndex:
             equal = self._keys[np.minimum(first, len(self._keys) - 1)] == hashes
             if equal.any():
                 counts = np.searchsorted(self._keys, hashes[equal], "right") - first[equal]
-                for start, at, count in zip(starts[equal], first[equal], counts, strict=True):
-                    yield np.full(count, start), self._owners[at : at + count]
+                nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+                yield np.repeat(starts[equal], counts), self._owners[np.repeat(first[equal], counts) + nth]
 
     def as_dict(self) -> dict[str, Any]:
         """What was read, as JSON can hold it."""
@@ -248,14 +253,18 @@ def _filter_places(bits: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np
     return places >> 3, (places & 7).astype(np.uint8)
 
 
-def _get_bits(bits: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+def _may_hold(bits: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+    """Indices of the hashes that may have been put into a filter."""
     places, shifts = _filter_places(bits, hashes)
-    return (bits[places] >> shifts) & 1
+    once = np.flatnonzero((bits[places] >> shifts) & 1)
+    places, shifts = _filter_places(bits, hashes[once] * _SECOND_PROBE)
+    return once[((bits[places] >> shifts) & 1) != 0]
 
 
-def _set_bits(bits: np.ndarray, hashes: np.ndarray) -> None:
-    places, shifts = _filter_places(bits, hashes)
-    np.bitwise_or.at(bits, places, np.left_shift(np.uint8(1), shifts))
+def _put(bits: np.ndarray, hashes: np.ndarray) -> None:
+    for probe in hashes, hashes * _SECOND_PROBE:
+        places, shifts = _filter_places(bits, probe)
+        np.bitwise_or.at(bits, places, np.left_shift(np.uint8(1), shifts))
 
 
 def read_benchmarks(files: Sequence[str]) -> BenchmarkIndex:
@@ -319,7 +328,7 @@ def _index(words: list[bytes], texts: list[BenchmarkText], files: dict[str, File
     keys, owners = (array[np.append(True, ~again)] for array in (keys, owners))
 
     bits = np.zeros(1 << max(len(keys) * _FILTER_BITS // 8, 1).bit_length(), np.uint8)
-    _set_bits(bits, prefixes)
+    _put(bits, prefixes)
     fingerprint = hashlib.sha256(np.unique(keys).astype("<u8").tobytes()).hexdigest()
     return BenchmarkIndex(texts, files, fingerprint, keys, owners, frozenset(lengths.tolist()), bits)
 
