@@ -14,32 +14,27 @@ PubMed parts, a few percent is the chance that one document of all is taken for 
 from __future__ import annotations
 
 import codecs
-import csv
 import hashlib
-import io
-import json
-import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from biomedlm_jax.corpus import _chunks
+from biomedlm_jax.benchmark_files import records
 from biomedlm_jax.errors import UserError
 
 N_WORDS = 13
 MIN_WORDS = 8
 """Also the length by whose hash most runs of a document are told to be in no evaluation text: `_runs` doubles to it."""
 
-_SHORTEST = f"{MIN_WORDS} words"
 # Bytes hashed at once: what they need stays in a core's cache, and memory is bounded however long a document is. Longer
 # words are cut in pieces.
 _BLOCK = 1 << 16
 # Bits of the prefilter (a Bloom filter with two probes) for each run of words, at least: of the runs in no evaluation
-# text, at most 1 in 8 passes the first probe and 1 in 70 both.
-_FILTER_BITS = 16
+# text, at most 1 in 16 passes the first probe and 1 in 256 both.
+_FILTER_BITS = 32
 _SECOND_PROBE = np.uint64(0x9E3779B97F4A7C15)
 
 # Multipliers of the hashes of words and of runs: any odd numbers that are 5 modulo 8 do (so that B**i - B**j is
@@ -153,7 +148,7 @@ class BenchmarkText:
     record: str
     """Number of the line or row, from 1, or key of the record."""
     sample: str
-    """Its first words."""
+    """Its beginning, for people."""
 
     @property
     def place(self) -> str:
@@ -174,7 +169,7 @@ class FileCounts:
     """Records of which nothing is looked for."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class BenchmarkIndex:
     """The runs of words of evaluation texts; may be pickled."""
 
@@ -270,11 +265,8 @@ def _put(bits: np.ndarray, hashes: np.ndarray) -> None:
 def read_benchmarks(files: Sequence[str]) -> BenchmarkIndex:
     """Reads evaluation sets: every string of their records that has at least MIN_WORDS words is a text to look for.
 
-    The name tells the format, before a .gz or .zst: .jsonl (a line is a record), .json (lines, or one list or dict of
-    records), .csv and .tsv (all rows are records, there need be no header), .parquet, .txt (a line is a record).
-
     Args:
-      files: paths or URLs, as from `corpus.expand_globs`.
+      files: paths, as from `corpus.expand_globs`, of the formats of `benchmark_files.records`.
 
     Raises:
       UserError: a broken record, another format, or a file with no text long enough; names the file and its line.
@@ -284,7 +276,7 @@ def read_benchmarks(files: Sequence[str]) -> BenchmarkIndex:
     counts: dict[str, FileCounts] = {}
     for file in files:
         counts[file] = count = FileCounts()
-        for name, record in _records(file):
+        for name, record in records(file):
             count.records += 1
             texts_before = count.texts
             for string in _strings(record):
@@ -293,14 +285,14 @@ def read_benchmarks(files: Sequence[str]) -> BenchmarkIndex:
                 n_words = len(split) - split.count(b"")
                 if n_words >= MIN_WORDS:
                     count.texts += 1
-                    texts.append(BenchmarkText(file, name, b" ".join(filter(None, split[:99])).decode()[:100]))
+                    texts.append(BenchmarkText(file, name, " ".join(string[:200].split())[:100]))
                     words.append(found)
                 elif n_words:
                     count.too_short += 1
             count.records_without_texts += count.texts == texts_before
         if not count.texts:
             raise UserError(
-                f"{file} has no text of at least {_SHORTEST} among its {count.records} records: there is nothing to "
+                f"{file} has no text of at least {MIN_WORDS} words among its {count.records} records: there is nothing to "
                 "look for in documents; leave it out"
             )
     return _index(words, texts, counts)
@@ -322,7 +314,7 @@ def _index(words: list[bytes], texts: list[BenchmarkText], files: dict[str, File
     keys = np.empty(len(starts), np.uint64)
     for length, runs in _longer_runs(prefixes, hashes, starts):
         keys[lengths == length] = runs[lengths == length]
-    order = np.lexsort([owners, keys])
+    order = np.lexsort((owners, keys))
     keys, owners = keys[order], owners[order]
     again = (keys[1:] == keys[:-1]) & (owners[1:] == owners[:-1])
     keys, owners = (array[np.append(True, ~again)] for array in (keys, owners))
@@ -344,132 +336,3 @@ def _strings(record: Any) -> Iterator[str]:
             pending += reversed(value.values())
         elif isinstance(value, list | tuple):
             pending += reversed(value)
-
-
-# --- File formats ------------------------------------------------------------------------------------------------
-
-
-def _records(file: str) -> Iterator[tuple[str, Any]]:
-    """Name and content of each record of a file."""
-    name = re.split(r"[?#]", file)[0] if "://" in file else file
-    extension = re.sub(r"\.(gz|zst)$", "", name.lower()).rpartition(".")[2]
-    if extension == "parquet":
-        return _parquet_records(file)
-    if extension not in _FORMATS:
-        raise UserError(f"{file} is no evaluation set by its name: it must end in .parquet, .{', .'.join(_FORMATS)}")
-    return _FORMATS[extension](file, _text(file))
-
-
-def _text(file: str) -> str:
-    data = b"".join(_chunks(file))
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{file}:{line} is not UTF-8, and an evaluation set must be read whole: repair it") from error
-
-
-def _json(text: str, file: str, first_line: int = 1) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        line = first_line + getattr(error, "lineno", 1) - 1
-        raise UserError(
-            f"{file}:{line} is not JSON ({error}), and an evaluation set must be read whole: repair it"
-        ) from error
-
-
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-
-
-def _text_records(file: str, text: str) -> Iterator[tuple[str, str]]:
-    return ((str(number), line) for number, line in _lines(text))
-
-
-def _jsonl_records(file: str, text: str) -> Iterator[tuple[str, Any]]:
-    for number, line in _lines(text):
-        record = _json(line, file, number)
-        if not isinstance(record, dict | list | str):
-            raise UserError(f"{file}:{number} holds {line.strip()[:20]!r}, which is no record: repair it")
-        yield str(number), record
-
-
-def _json_records(file: str, text: str) -> Iterator[tuple[str, Any]]:
-    lines = _lines(text)
-    first, second = next(lines, None), next(lines, None)
-    if first and second:
-        # MedMCQA's .json files hold JSON lines.
-        try:
-            json.loads(first[1])
-        except (ValueError, RecursionError):
-            pass
-        else:
-            yield from _jsonl_records(file, text)
-            return
-    content = _json(text, file)
-    if isinstance(content, list):
-        yield from ((str(number), record) for number, record in enumerate(content, 1))
-    elif isinstance(content, dict) and all(isinstance(value, dict | list) for value in content.values()):
-        # PubMedQA's {id: record}, and BioASQ's {"questions": [record, ...]}.
-        for key, value in content.items():
-            if isinstance(value, dict):
-                yield key, value
-            else:
-                yield from ((f"{key}[{index}]", record) for index, record in enumerate(value))
-    else:
-        yield "1", content
-
-
-def _table_records(file: str, text: str, delimiter: str, quoting: int = csv.QUOTE_MINIMAL) -> Iterator[tuple[str, Any]]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
-    columns = None
-    try:
-        for row in reader:
-            if not row:
-                continue
-            columns = columns or len(row)
-            if len(row) != columns:
-                raise csv.Error(f"{len(row)} fields, where the first row has {columns}")
-            yield str(reader.line_num), row
-    except csv.Error as error:
-        raise UserError(
-            f"{file}:{reader.line_num} is broken ({error}), and an evaluation set must be read whole: repair it"
-        ) from error
-
-
-def _csv_records(file: str, text: str) -> Iterator[tuple[str, Any]]:
-    return _table_records(file, text, ",")
-
-
-def _tsv_records(file: str, text: str) -> Iterator[tuple[str, Any]]:
-    """Quotation marks are often part of the text: so they are taken where they make no table."""
-    try:
-        return iter(list(_table_records(file, text, "\t")))
-    except UserError:
-        return _table_records(file, text, "\t", csv.QUOTE_NONE)
-
-
-def _parquet_records(file: str) -> Iterator[tuple[str, Any]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"{file}: Parquet files need pyarrow: pip install pyarrow") from error
-    number = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(io.BytesIO(b"".join(_chunks(file)))).iter_batches():
-            for record in batch.to_pylist():
-                number += 1
-                yield str(number), record
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file} is broken behind row {number} ({error}): fetch it again") from error
-
-
-_FORMATS: dict[str, Callable[[str, str], Iterator[tuple[str, Any]]]] = {
-    "jsonl": _jsonl_records,
-    "json": _json_records,
-    "csv": _csv_records,
-    "tsv": _tsv_records,
-    "txt": _text_records,
-}
