@@ -87,7 +87,7 @@ def random_case(seed: int) -> tuple[list[str], list[str]]:
     documents = [random_text(rng, rng.choice([0, 1, 7, 8, 12, 13, 15, 60, 200]), n_spellings) for _ in range(60)]
     for _ in range(20):
         words = plain_words(rng.choice(texts))
-        start = rng.randrange(len(words))
+        start = rng.choice([0, 0, rng.randrange(len(words))])
         piece = " ".join(words[start : start + rng.randrange(7, 16)])
         documents.append(" ".join([random_text(rng, 5, n_spellings), piece, random_text(rng, 5, n_spellings)]))
     return texts, documents
@@ -107,7 +107,7 @@ def test_random_texts_are_found_as_by_the_reference(tmp_path, monkeypatch, block
         hits += sum(map(bool, expected))
         clean += expected.count([])
     # Both outcomes were tried often.
-    assert hits > 500
+    assert hits > 400
     assert clean > 500
 
 
