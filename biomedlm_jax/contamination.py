@@ -231,7 +231,7 @@ class BenchmarkIndex:
                 nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
                 yield np.repeat(starts[equal], counts), self._owners[np.repeat(first[equal], counts) + nth]
 
-    def as_dict(self) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         """What was read, as JSON can hold it."""
         return {
             "n_words": N_WORDS,

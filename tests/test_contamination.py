@@ -185,7 +185,7 @@ def test_pickled_and_in_any_order_it_is_the_same(tmp_path):
     index = index_of(tmp_path, texts)
     copy = pickle.loads(pickle.dumps(index))
     assert copy.find_all(documents) == index.find_all(documents)
-    assert (copy.fingerprint, copy.texts, copy.as_dict()) == (index.fingerprint, index.texts, index.as_dict())
+    assert (copy.fingerprint, copy.texts, copy.report()) == (index.fingerprint, index.texts, index.report())
     assert index_of(tmp_path, texts[::-1] + texts).fingerprint == index.fingerprint
     assert index_of(tmp_path, texts[1:]).fingerprint != index.fingerprint
     assert index_of(tmp_path, [*texts, numbered(0, 8)]).fingerprint != index.fingerprint
@@ -287,7 +287,7 @@ def test_what_was_read_is_counted(tmp_path):
     one.write_bytes(as_lines([*RECORDS, {"q": "too short", "empty": "", "only": "?!"}, {"a": LONG, "b": OTHER}]))
     two.write_bytes(as_csv([[LONG, "A"]]))
     index = read_benchmarks([str(one), str(two)])
-    assert json.loads(json.dumps(index.as_dict())) == {
+    assert json.loads(json.dumps(index.report())) == {
         "n_words": 13,
         "min_words": 8,
         "texts": 5,
@@ -389,7 +389,7 @@ def test_the_question_that_a_document_quotes_is_found(shared_data):
     file = str(shared_data / "qa" / "medqa" / "dev.jsonl")
     index = read_benchmarks([file])
     questions = [json.loads(line)["sent1"] for line in Path(file).read_text().splitlines()]
-    assert index.as_dict()["files"][file]["records"] == len(questions) == 1272
+    assert index.report()["files"][file]["records"] == len(questions) == 1272
     documents = [f"A case from a textbook:\n> {question[:300]} ..." for question in questions]
     for line, found in enumerate(index.find_all(documents), 1):
         assert str(line) in {index.texts[i].record for i in found}
