@@ -170,7 +170,7 @@ class FileCounts:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class BenchmarkIndex:
+class Benchmarks:
     """The runs of words of evaluation texts; may be pickled."""
 
     texts: list[BenchmarkText]
@@ -262,7 +262,7 @@ def _put(bits: np.ndarray, hashes: np.ndarray) -> None:
         np.bitwise_or.at(bits, places, np.left_shift(np.uint8(1), shifts))
 
 
-def read_benchmarks(files: Sequence[str]) -> BenchmarkIndex:
+def read_benchmarks(files: Sequence[str]) -> Benchmarks:
     """Reads evaluation sets: every string of their records that has at least MIN_WORDS words is a text to look for.
 
     Args:
@@ -298,7 +298,7 @@ def read_benchmarks(files: Sequence[str]) -> BenchmarkIndex:
     return _index(words, texts, counts)
 
 
-def _index(words: list[bytes], texts: list[BenchmarkText], files: dict[str, FileCounts]) -> BenchmarkIndex:
+def _index(words: list[bytes], texts: list[BenchmarkText], files: dict[str, FileCounts]) -> Benchmarks:
     hashes = np.concatenate([*_word_hashes(_BOUNDARY.join([*words, b""])), np.zeros(N_WORDS, np.uint64)])
     boundaries = np.flatnonzero(hashes == _BOUNDARY_HASH)
     sizes = np.diff(boundaries, prepend=-1) - 1
@@ -323,7 +323,7 @@ def _index(words: list[bytes], texts: list[BenchmarkText], files: dict[str, File
     bits = np.zeros(1 << max(len(keys) * _FILTER_BITS // 8, 1).bit_length(), np.uint8)
     _put(bits, prefixes)
     fingerprint = hashlib.sha256(np.unique(keys).astype("<u8").tobytes()).hexdigest()
-    return BenchmarkIndex(texts, files, fingerprint, keys, owners, frozenset(lengths.tolist()), bits)
+    return Benchmarks(texts, files, fingerprint, keys, owners, frozenset(lengths.tolist()), bits)
 
 
 def _strings(record: Any) -> Iterator[str]:

@@ -19,12 +19,12 @@ import zstandard
 
 from biomedlm_jax import contamination
 from biomedlm_jax.benchmark_files import records
-from biomedlm_jax.contamination import BenchmarkIndex, read_benchmarks
+from biomedlm_jax.contamination import Benchmarks, read_benchmarks
 from biomedlm_jax.corpus import ReadReport, expand_globs, read_documents
 from biomedlm_jax.errors import UserError
 
 
-def index_of(tmp_path: Path, texts: list[str]) -> BenchmarkIndex:
+def index_of(tmp_path: Path, texts: list[str]) -> Benchmarks:
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return read_benchmarks([str(path)])
@@ -49,7 +49,7 @@ def plain_runs(words: tuple[str, ...], length: int) -> set[tuple[str, ...]]:
 
 
 def plain_find(texts: list[str], document: str) -> list[int]:
-    """What `BenchmarkIndex.find` is to return."""
+    """What `Benchmarks.find` is to return."""
     words = plain_words(document)
     runs = {length: plain_runs(words, length) for length in range(8, 14)}
     found = []
