@@ -55,6 +55,10 @@ class Selection:
     languages: tuple[str, ...] = ("eng",)
 
 
+def shown(name: str) -> str:
+    return name if name.isprintable() else repr(name)
+
+
 def file_size(path: str) -> int:
     return os.stat(path).st_size
 

@@ -64,7 +64,9 @@ class Tokenizer(ABC):
     def encode_array(self, texts):
         import numpy as np
 
-        return np.concatenate([np.asarray([*ids, self.eos_id], np.uint16) for ids in self.encode_batch(texts)])
+        return np.concatenate(
+            [np.empty(0, np.uint16), *(np.asarray([*ids, self.eos_id], np.uint16) for ids in self.encode_batch(texts))]
+        )
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 import tiny
 
 from biomedlm_jax import rows, synthetic
+from biomedlm_jax.tokenizer import load_tokenizer
 
 ABSTRACTS = [synthetic.generate(index).text for index in range(60)]
 
@@ -37,6 +38,14 @@ def write_config(folder):
 def prepared_ids(folder, split):
     opened = rows.open_rows(folder, split)
     return np.concatenate([opened.source[index]["tokens"] for index in range(len(opened))])[: opened.tokens]
+
+
+def prepared_texts(folder, split):
+    """The documents in the rows, in their order; those at the ends of files may be cut."""
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    ids = prepared_ids(folder, split).astype(int)
+    parts = np.split(ids, np.flatnonzero(ids == tokenizer.eos_id) + 1)
+    return [tokenizer.decode(part[part != tokenizer.eos_id].tolist()) for part in parts if len(part)]
 
 
 def expected_ids(shards, tokenizer, n_positions):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tiny
 
-from biomedlm_jax import checkpoint, data, distributed, metrics, rows
+from biomedlm_jax import checkpoint, data, distributed, metrics, preparation, rows
 from biomedlm_jax import config as config_lib
 from biomedlm_jax import train as train_lib
 from biomedlm_jax.config import Config

@@ -13,7 +13,7 @@ import slurm_cluster
 import tiny
 
 from biomedlm_jax import config as config_lib
-from biomedlm_jax import metrics, rows
+from biomedlm_jax import metrics, preparation
 from biomedlm_jax.errors import UserError
 
 pytestmark = pytest.mark.slow

@@ -56,8 +56,11 @@ def ensure_prepared(config: Config) -> None:
         vocabulary is not the model's, or the folder holds other rows than the configuration asks for.
     """
     folder = Path(os.path.abspath(config.prepared_dir))
+    lock_file, work = folder.with_name(f".{folder.name}.lock"), folder.with_name(f".{folder.name}.partial")
     # Looked for before the lock, too: complete rows may lie where nothing can be written.
     if _is_prepared(config, folder):
+        with contextlib.suppress(OSError):
+            _remove_work(work, lock_file)
         return
     if folder.is_mount():
         raise UserError(
@@ -66,16 +69,21 @@ def ensure_prepared(config: Config) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} exists and holds no prepared rows (no {MANIFEST_FILE}): choose another data.dir")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock_file, work = folder.with_name(f".{folder.name}.lock"), folder.with_name(f".{folder.name}.partial")
     _begin(config, work, lock_file)
     with try_lock(lock_file, wait=True, shared=True):
         if not _is_prepared(config, folder):
             work.mkdir(exist_ok=True)
             _prepare(config, work, folder)
-    # The last one out takes the work away.
-    with try_lock(lock_file, wait=False) as alone:
-        if alone and folder.exists():
-            shutil.rmtree(work, ignore_errors=True)
+    if folder.exists():
+        _remove_work(work, lock_file)
+
+
+def _remove_work(work: Path, lock_file: Path) -> None:
+    """Takes the work away, unless others are still at it: then the last one does."""
+    if work.exists():
+        with try_lock(lock_file, wait=False) as alone:
+            if alone:
+                shutil.rmtree(work, ignore_errors=True)
 
 
 def _begin(config: Config, work: Path, lock_file: Path) -> None:
@@ -197,7 +205,7 @@ def _prepare(config: Config, work: Path, folder: Path) -> None:
     # ---- 5: finish
     made = finish.Prepared(config, _settings(config), inputs, read, chosen, encoded)
     if benchmarks:
-        made.contamination = choice.contamination_report(read, inputs, benchmarks) | {"action": data.contaminated}
+        made.contamination = choice.contamination_report(inputs, read, benchmarks) | {"action": data.contaminated}
     with try_lock(work / "finish.lock", wait=True):
         if not (folder / MANIFEST_FILE).is_file():
             complete = work / "complete"

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from biomedlm_jax.config import DataConfig
-from biomedlm_jax.corpus import MAX_SAMPLES
+from biomedlm_jax.contamination import Benchmarks
+from biomedlm_jax.corpus import MAX_SAMPLES, shown
 from biomedlm_jax.errors import UserError
 from biomedlm_jax.preparation.shards import SPLITS, Shard, load_index, save_array
 
@@ -42,19 +43,18 @@ class Indexes:
         starts = np.cumsum([0, *map(len, arrays)])
         return cls(shards, results, np.concatenate(arrays), starts)
 
-    def shard_of(self, place: int) -> int:
-        """The number of the shard of a document."""
-        return int(np.searchsorted(self.starts, place, "right")) - 1
-
     def name(self, place: int) -> str:
         """Where a document is, for people: its file and its number there, from 1."""
-        number = self.shard_of(place)
-        shard, ordinal = self.shards[number], int(place - self.starts[number])
-        if not shard.files:
-            return f"document {shard.synthetic[0] + ordinal}"
-        ends = np.cumsum(self.results[number]["file_documents"])
-        file = int(np.searchsorted(ends, ordinal, "right"))
-        return f"{shard.files[file]}: document {ordinal - int(ends[file - 1] if file else 0) + 1}"
+        number = int(np.searchsorted(self.starts, place, "right")) - 1
+        return _name(self.shards[number], self.results[number], int(place - self.starts[number]))
+
+
+def _name(shard: Shard, result: dict[str, Any], ordinal: int) -> str:
+    if not shard.files:
+        return f"document {shard.synthetic[0] + ordinal}"
+    ends = np.cumsum(result["file_documents"])
+    file = int(np.searchsorted(ends, ordinal, "right"))
+    return f"{shown(shard.files[file])}: document {ordinal - int(ends[file - 1] if file else 0) + 1}"
 
 
 def choose(data: DataConfig, indexes: Indexes) -> np.ndarray:
@@ -156,6 +156,9 @@ def write_choice(data: DataConfig, indexes: Indexes, folder: Path) -> list[dict[
       For each shard 'dropped', numbers by reason, and 'samples' of them; both besides those of its reader.
     """
     choice = choose(data, indexes)
+    kept = np.flatnonzero(choice <= EVAL)
+    kept = kept[np.argsort(indexes.entries["hash"][kept])]
+    kept_hashes = indexes.entries["hash"][kept]
     results = []
     for number, shard in enumerate(indexes.shards):
         start, end = indexes.starts[number], indexes.starts[number + 1]
@@ -167,7 +170,7 @@ def write_choice(data: DataConfig, indexes: Indexes, folder: Path) -> list[dict[
                 "dropped": {REASONS[reason]: count for reason, count in sorted(counts.items())},
                 "samples": {
                     REASONS[reason]: [
-                        _explain(indexes, choice, int(start + place))
+                        _explain(indexes, reason, int(start + place), kept, kept_hashes)
                         for place in np.flatnonzero(part == reason)[:MAX_SAMPLES]
                     ]
                     for reason in sorted(counts)
@@ -185,26 +188,25 @@ def _kept_bytes(indexes: Indexes, choice: np.ndarray, start: int, end: int, abst
     return entries["bytes"][kept & entries["abstract"] if abstracts else kept].sum()
 
 
-def _explain(indexes: Indexes, choice: np.ndarray, place: int) -> str:
-    """Where a document is that was left out, and for which other one."""
-    reason, hashes = choice[place], indexes.entries["hash"]
+def _explain(indexes: Indexes, reason: int, place: int, kept: np.ndarray, kept_hashes: np.ndarray) -> str:
+    """Where a document is that was left out, and for which of those that were kept."""
     if reason not in (DUPLICATE, IN_HELD_OUT):
         return indexes.name(place)
-    kept = np.flatnonzero((hashes == hashes[place]) & (choice <= EVAL))
-    return f"{indexes.name(place)}, the same as {indexes.name(int(kept[0]))}" if len(kept) else indexes.name(place)
+    same = kept[np.searchsorted(kept_hashes, indexes.entries["hash"][place])]
+    return f"{indexes.name(place)}, the same as {indexes.name(int(same))}"
 
 
 def contamination_report(
-    indexes_results: Sequence[dict[str, Any]], shards: Sequence[Shard], benchmarks: Any
+    shards: Sequence[Shard], results: Sequence[dict[str, Any]], benchmarks: Benchmarks
 ) -> dict[str, Any]:
     """How many training documents share words with each benchmark file, with samples."""
     documents: Counter[str] = Counter()
     samples: dict[str, list[str]] = {}
-    for shard, result in zip(shards, indexes_results, strict=True):
+    for shard, result in zip(shards, results, strict=True):
         for place, texts in result["contaminated"]:
             for file in sorted({benchmarks.texts[text].file for text in texts}):
                 documents[file] += 1
                 if len(samples.setdefault(file, [])) < MAX_SAMPLES:
                     text = next(text for text in texts if benchmarks.texts[text].file == file)
-                    samples[file].append(f"{benchmarks.texts[text].place} in {shard.files[0]}: document {place + 1}")
+                    samples[file].append(f"{benchmarks.texts[text].place} in {_name(shard, result, place)}")
     return json.loads(json.dumps({"documents": documents, "samples": samples} | benchmarks.report()))

@@ -240,3 +240,12 @@ def log_summary(manifest: dict[str, Any]) -> None:
         logger.info(
             "rows: left out: %s", ", ".join(f"{count} {reason}" for reason, count in manifest["dropped"].items())
         )
+    found = manifest["contamination"] or {"documents": {}}
+    for file, count in found["documents"].items():
+        logger.warning(
+            "rows: %d training documents share words with the benchmark %s (%s, ...): they are %s",
+            count,
+            file,
+            found["samples"][file][0],
+            "left out" if found["action"] == "drop" else "kept (data.contaminated: report)",
+        )

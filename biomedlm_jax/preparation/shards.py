@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ _SHARD_BYTES = 64 << 20
 _SINGLE_DOCUMENT_SOURCES = ("text", "jats_xml")
 _SYNTHETIC_DOCUMENTS = 10_000
 _SYNTHETIC_BYTES = 1_400  # of a document, about
-# A batch for the tokenizer ends with the document that makes it this long: bounds memory.
+# A batch ends with the document that makes it this long: bounds memory.
 _BATCH_BYTES = 4 << 20
 _ABSTRACTS = ("PubMed Abstracts",)
 
@@ -85,7 +85,7 @@ def input_shards(data: DataConfig) -> list[Shard]:
     """The input that a configuration names, training text first.
 
     Raises:
-      UserError: a pattern matches no file, or a file is in both splits.
+      UserError: a pattern matches no file, or a file is training text and held out or a benchmark as well.
     """
     if data.source == "synthetic":
         # Held-out documents come after the training ones, whose knowledge they share.
@@ -109,8 +109,10 @@ def input_shards(data: DataConfig) -> list[Shard]:
             for number, (split, start, stop) in enumerate(ranges)
         ]
     files = {split: corpus.expand_globs(as_paths(getattr(data, f"{split}_files"))) for split in SPLITS}
-    if twice := sorted(set(files["train"]) & set(files["eval"])):
-        raise UserError(f"{twice[0]} is in data.train_files and in data.eval_files")
+    benchmarks = corpus.expand_globs(as_paths(data.benchmark_files))
+    for name, others in (("eval", files["eval"]), ("benchmark", benchmarks)):
+        if twice := sorted(set(files["train"]) & set(others)):
+            raise UserError(f"{corpus.shown(twice[0])} is in data.train_files and in data.{name}_files")
     selection = Selection(tuple(data.pile_sets), data.text_field, tuple(data.languages))
     groups = [(split, group) for split in SPLITS for group in _groups(data.source, files[split])]
     return [
@@ -144,9 +146,23 @@ def _groups(source: str, files: Sequence[str]) -> Iterator[list[str]]:
         yield group
 
 
-def text_hash(text: str) -> int:
+def text_hash(text: bytes) -> int:
     """The first 8 bytes of BLAKE2b: among 100 million documents, one chance in 3,700 that any two collide."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def _batches(read: Iterator[tuple[int, Document]]) -> Iterator[list[tuple[int, Document]]]:
+    """Documents in their order, not many bytes of them at once."""
+    batch: list[tuple[int, Document]] = []
+    size = 0
+    for item in read:
+        batch.append(item)
+        size += len(item[1].text)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 # ---- 1: index
@@ -164,19 +180,15 @@ def index(shard: Shard, benchmark_files: tuple[str, ...], folder: Path, advance:
     entries: list[tuple[int, int, int, int, bool]] = []
     file_documents: Counter[int] = Counter()
     contaminated: list[tuple[int, list[int]]] = []
-    for number, document in shard.read(report, advance):
-        if benchmarks and (texts := benchmarks.find(document.text)):
-            contaminated.append((len(entries), [int(text) for text in texts]))
-        entries.append(
-            (
-                text_hash(document.text),
-                len(document.text.encode()),
-                document.pmid,
-                document.version,
-                document.source in _ABSTRACTS,
-            )
-        )
-        file_documents[number] += 1
+    for batch in _batches(shard.read(report, advance)):
+        if benchmarks:
+            found = enumerate(benchmarks.find_all([document.text for _, document in batch]), len(entries))
+            contaminated += [(place, texts) for place, texts in found if texts]
+        for number, document in batch:
+            text = document.text.encode()
+            abstract = document.source in _ABSTRACTS
+            entries.append((text_hash(text), len(text), document.pmid, document.version, abstract))
+            file_documents[number] += 1
     array = np.array(entries, INDEX)
     save_array(folder / f"index-{shard}.npy", array)
     result = report.as_dict() | {
@@ -225,7 +237,7 @@ def _chosen(shard: Shard, folder: Path, advance: Advance) -> Iterator[tuple[int,
     )
     position = -1
     for position, (_, document) in enumerate(shard.read(ReadReport(), advance)):
-        if position >= len(hashes) or text_hash(document.text) != hashes[position]:
+        if position >= len(hashes) or text_hash(document.text.encode()) != hashes[position]:
             raise changed
         yield int(choice[position]), document
     if position + 1 != len(hashes):
@@ -244,7 +256,7 @@ def sample(shard: Shard, folder: Path, abstracts_only: bool, fraction: float, ad
             if abstracts_only and document.source not in _ABSTRACTS:
                 continue
             # Other bits than those that hold documents out.
-            if text_hash(document.text) % (1 << 32) < fraction * (1 << 32):
+            if text_hash(document.text.encode()) % (1 << 32) < fraction * (1 << 32):
                 file.write(json.dumps(document.text) + "\n")
     partial.replace(path)
     return {}
@@ -266,14 +278,16 @@ def encode(shard: Shard, folder: Path, tokenizer_folder: Path, n_positions: int,
     sources: dict[str, dict[str, Counter[str]]] = {split: {} for split in SPLITS}
     lengths = {split: Counter[int]() for split in SPLITS}
     try:
-        for split, documents in _batches(_chosen(shard, folder, advance)):
-            ids = tokenizer.encode_array([document.text for document in documents])
-            writers[split].write(ids)
-            ends = np.flatnonzero(ids == tokenizer.eos_id)
-            for document, tokens in zip(documents, np.diff(ends, prepend=-1).tolist(), strict=True):
-                counts = sources[split].setdefault(document.source, Counter())
-                counts.update(documents=1, bytes=len(document.text.encode()), tokens=tokens)
-                lengths[split][tokens.bit_length()] += 1
+        for batch in _batches(_chosen(shard, folder, advance)):
+            for number, split in enumerate(SPLITS):
+                documents = [document for choice, document in batch if choice == number]
+                ids = tokenizer.encode_array([document.text for document in documents])
+                writers[split].write(ids)
+                ends = np.flatnonzero(ids == tokenizer.eos_id)
+                for document, tokens in zip(documents, np.diff(ends, prepend=-1).tolist(), strict=True):
+                    counts = sources[split].setdefault(document.source, Counter())
+                    counts.update(documents=1, bytes=len(document.text.encode()), tokens=tokens)
+                    lengths[split][tokens.bit_length()] += 1
         return {
             split: writers[split].close()
             | {"sources": sources[split], "lengths": [lengths[split][bits] for bits in range(32)]}
@@ -282,23 +296,6 @@ def encode(shard: Shard, folder: Path, tokenizer_folder: Path, n_positions: int,
     finally:
         for writer in writers.values():
             writer.discard()
-
-
-def _batches(chosen: Iterable[tuple[int, Document]]) -> Iterator[tuple[str, list[Document]]]:
-    """Documents of one split at a time, in their order, not many bytes of them."""
-    batches: list[list[Document]] = [[] for _ in SPLITS]
-    sizes = [0 for _ in SPLITS]
-    for split, document in chosen:
-        if split >= len(SPLITS):
-            continue
-        batches[split].append(document)
-        sizes[split] += len(document.text)
-        if sizes[split] >= _BATCH_BYTES:
-            yield SPLITS[split], batches[split]
-            batches[split], sizes[split] = [], 0
-    for name, batch in zip(SPLITS, batches, strict=True):
-        if batch:
-            yield name, batch
 
 
 @functools.lru_cache(1)
