@@ -207,7 +207,7 @@ def _prepare(config: Config, work: Path, folder: Path) -> None:
     if benchmarks:
         made.contamination = choice.contamination_report(inputs, read, benchmarks) | {"action": data.contaminated}
     with try_lock(work / "finish.lock", wait=True):
-        if not (folder / MANIFEST_FILE).is_file():
+        if not _is_prepared(config, folder):
             complete = work / "complete"
             shutil.rmtree(complete, ignore_errors=True)
             complete.mkdir()
