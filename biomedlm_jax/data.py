@@ -4,7 +4,7 @@ The global batch is a function of (rows, seed, step) and of nothing else: not of
 nor of what ran before. So a run resumes from one integer, at once, on any topology, and reads the same rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
@@ -37,14 +37,13 @@ def train_batches(
       document_attention: tells documents apart, by `segment_ids`.
     """
     mixture = _as_mixture(rows)
-    one = mixture.sets[0]
-    shape = (batch_size, one.n_positions)
-    draws = mixture.draws(seed)
+    shape = (batch_size, mixture.sets[0].n_positions)
     local = _local_rows(sharding, shape)
+    read_tokens = step_reader(mixture, seed, batch_size, local)
 
     def read(step: int) -> tuple[np.ndarray, np.ndarray | None]:
-        tokens = _read(mixture, [draws[step * batch_size + int(row)] for row in local])
-        return tokens, segment_ids(tokens, one.eos_id) if document_attention else None
+        tokens = read_tokens(step)
+        return tokens, segment_ids(tokens, mixture.sets[0].eos_id) if document_attention else None
 
     def place(array: np.ndarray) -> jax.Array:
         return jax.make_array_from_process_local_data(sharding, array, shape)
@@ -55,14 +54,23 @@ def train_batches(
         yield Batch(place(tokens), mask, None if segments is None else place(segments))
 
 
-def _read(mixture: Mixture, draws: list[tuple[int, int]]) -> np.ndarray:
-    """The ids of draws, int32 [len(draws), n_positions]."""
-    sets, indices = np.array(draws).T
-    tokens = np.empty((len(draws), mixture.sets[0].n_positions), np.int32)
-    for number in np.unique(sets):
-        places = np.flatnonzero(sets == number)
-        tokens[places] = mixture.sets[number].read(indices[places].tolist())
-    return tokens
+def step_reader(mixture: Mixture, seed: int, batch_size: int, local: np.ndarray) -> Callable[[int], np.ndarray]:
+    """A function from a step to the ids of some rows of its global batch, int32 [len(local), n_positions].
+
+    Args:
+      local: which rows of the batch, from 0 to batch_size - 1.
+    """
+    draws = mixture.draws(seed)
+
+    def read(step: int) -> np.ndarray:
+        sets, indices = np.array([draws[step * batch_size + int(row)] for row in local]).T
+        tokens = np.empty((len(local), mixture.sets[0].n_positions), np.int32)
+        for number in np.unique(sets):
+            places = np.flatnonzero(sets == number)
+            tokens[places] = mixture.sets[number].read(indices[places].tolist())
+        return tokens
+
+    return read
 
 
 def segment_ids(tokens: np.ndarray, eos_id: int) -> np.ndarray:
