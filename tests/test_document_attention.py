@@ -1,5 +1,8 @@
 """Documents packed in a row do not see each other: as if each were read alone, and a program of its own otherwise."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +10,12 @@ import pytest
 import tiny
 
 from biomedlm_jax import config as config_lib
-from biomedlm_jax import data, evaluate, metrics, sharding, step
+from biomedlm_jax import data, evaluate, metrics, rows, sharding, step
 from biomedlm_jax import model as model_lib
 from biomedlm_jax import train as train_lib
 from biomedlm_jax.config import MeshConfig
 from biomedlm_jax.errors import UserError
+from biomedlm_jax.tokenizer import load_tokenizer
 
 EOS = 60
 
@@ -33,26 +37,32 @@ def segments_of(row):
     return [part for part in parts if part]
 
 
-@pytest.mark.parametrize("attention", ["reference", "auto", "flash"])
+def alone(config, params, parts):
+    """Logits of each list of ids, read alone: what is behind it in its row is not seen."""
+    rows = np.zeros((len(parts), config.n_positions), np.int32)
+    for row, part in zip(rows, parts, strict=True):
+        row[: len(part)] = part
+    logits = np.asarray(jax.jit(model_lib.merge(config, params))(rows))
+    return [row[: len(part)] for row, part in zip(logits, parts, strict=True)]
+
+
+@pytest.mark.parametrize("attention", ["auto", "flash"])
 def test_logits_are_those_of_each_document_alone(attention):
     config = tiny.replace(model={"n_positions": 48, "n_embd": 128, "n_head": 2, "attention": attention}).model
-    model = model_lib.merge(config, model_lib.init_params(config, 0))
-    alone_model = model_lib.merge(
-        tiny.replace(model={"n_positions": 48, "n_embd": 128, "n_head": 2, "attention": "reference"}).model,
-        model_lib.init_params(config, 0),
-    )
+    reference = dataclasses.replace(config, attention="reference")
+    params = model_lib.init_params(config, 0)
+    model = model_lib.merge(config, params)
     row = packed_row()
     padded = np.concatenate([row[:40], np.zeros(8, np.int32)])  # as the last held-out row is
     tokens = np.stack([row, padded])
     segment_ids = data.segment_ids(tokens, EOS)
-    logits = jax.jit(lambda t, s: model(t, segment_ids=s))(tokens, segment_ids)
+    logits = np.asarray(jax.jit(lambda tokens, ids: model(tokens, segment_ids=ids))(tokens, segment_ids))
     for found, ids in zip(logits, tokens, strict=True):
         parts = segments_of(ids)
-        assert len(parts) == 6 and sum(map(len, parts)) == 48
-        expected = np.concatenate([alone_model(jnp.asarray([part]))[0] for part in parts])
-        np.testing.assert_allclose(found, expected, atol=2e-5)
+        assert [len(part) for part in parts] == [5, 2, 8, 1, 21, 11]
+        np.testing.assert_allclose(found, np.concatenate(alone(reference, params, parts)), atol=2e-5)
     # It is not what the row as a whole gives, but in the first document.
-    whole = np.asarray(model(tokens))
+    whole = np.asarray(jax.jit(model)(tokens))
     np.testing.assert_allclose(logits[:, :5], whole[:, :5], atol=2e-5)
     assert abs(logits[:, 5:] - whole[:, 5:]).max() > 1e-2
 
@@ -63,14 +73,14 @@ def test_the_loss_is_the_sum_over_documents_and_counts_the_same_words():
     params = model_lib.init_params(config.model, 0)
     tokens = packed_row()[None]
     batch = step.Batch(tokens, np.ones_like(tokens, bool), data.segment_ids(tokens, EOS))
-    nll, count = step.eval_step(config, params, batch)
-    assert count == step.eval_step(config, params, step.Batch(batch.tokens, batch.mask))[1] == 47
-    model, parts = model_lib.merge(config.model, params), segments_of(tokens[0])
-    expected = 0.0
-    for part, following in zip(parts, [*parts[1:], []], strict=True):
+    eval_step = jax.jit(functools.partial(step.eval_step, config))
+    nll, count = eval_step(params, batch)
+    assert count == eval_step(params, step.Batch(batch.tokens, batch.mask))[1] == 47
+    parts, expected = segments_of(tokens[0]), 0.0
+    for part, following, logits in zip(parts, [*parts[1:], []], alone(config.model, params, parts), strict=True):
         labels = part[1:] + following[:1]  # the last word predicts the end of text
-        log_probabilities = jax.nn.log_softmax(model(jnp.asarray([part]))[0])
-        expected -= sum(float(log_probabilities[i, label]) for i, label in enumerate(labels))
+        log_probabilities = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
+        expected -= sum(log_probabilities[i, label] for i, label in enumerate(labels))
     assert float(nll) == pytest.approx(expected, rel=1e-5)
 
 
@@ -121,20 +131,26 @@ def test_a_run_is_evaluated_as_it_was_trained_and_goes_on_so(tmp_path):
     config = tiny.run_config(
         tmp_path / "prepared",
         tmp_path / "run",
+        model={
+            "vocab_size": 600,
+            "n_positions": 64,
+            "n_embd": 64,
+            "initializer_range": 0.2,
+        },  # so that attention matters from the start
         data={"document_attention": True},
         train={"steps": 6, "eval_every": 6, "checkpoint_every": 6},
     )
     assert train_lib.train(config) == 0
     last = metrics.read_metrics(config.run.dir)[-1]
-    # The held-out text of the run, as a file.
-    from biomedlm_jax import rows
-    from biomedlm_jax.tokenizer import load_tokenizer
-
+    # The held-out text of the run, as files.
     held_out = rows.open_rows(config.prepared_dir, "eval")
     ids = held_out.read(range(len(held_out))).reshape(-1)[: held_out.tokens].tolist()
     tokenizer, texts = load_tokenizer(config.prepared_dir / "tokenizer"), [[]]
     for token in ids[:-1]:
-        texts[-1].append(token) if token != held_out.eos_id else texts.append([])
+        if token == held_out.eos_id:
+            texts.append([])
+        else:
+            texts[-1].append(token)
     (tmp_path / "texts").mkdir()
     for number, text in enumerate(texts):
         (tmp_path / "texts" / f"{number:03}.txt").write_bytes(tokenizer.decode(text).encode())

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from biomedlm_jax import checkpoint, files, metrics, model, preparation
+from biomedlm_jax import checkpoint, files, metrics, model, preparation, rows
 from biomedlm_jax import config as config_lib
 from biomedlm_jax import step as step_lib
 from biomedlm_jax import train as train_lib
