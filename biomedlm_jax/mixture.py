@@ -103,14 +103,13 @@ def open_train(config: Config) -> Mixture:
 
 def open_held_out(config: Config) -> dict[str, Rows]:
     """The held-out rows of each folder that has any, by its name, which is its whole path if others end alike."""
-    folders = list(config.prepared_dirs)
-    opened = {folder: rows.open_rows(folder, "eval") for folder in folders}
-    names = [folder.name for folder in folders]
-    return {
-        (folder.name if names.count(folder.name) == 1 else str(folder)): found
-        for folder, found in opened.items()
-        if found is not None
-    }
+    names = [folder.absolute().name for folder in config.prepared_dirs]
+    found = {}
+    for folder, name in zip(config.prepared_dirs, names, strict=True):
+        opened = rows.open_rows(folder, "eval")
+        if opened is not None:
+            found[name if names.count(name) == 1 else str(folder)] = opened
+    return found
 
 
 def entropy(sets: Iterable[Rows]) -> float | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import unittest.mock
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,12 @@ import pytest
 import tiny
 
 from biomedlm_jax import config as config_lib
-from biomedlm_jax import data, evaluate, metrics, rows, sharding, step
+from biomedlm_jax import data, evaluate, metrics, rows, sharding, step, targets
 from biomedlm_jax import model as model_lib
 from biomedlm_jax import train as train_lib
 from biomedlm_jax.config import MeshConfig
 from biomedlm_jax.errors import UserError
+from biomedlm_jax.planning import compiled
 from biomedlm_jax.tokenizer import load_tokenizer
 
 EOS = 60
@@ -125,6 +127,20 @@ def test_without_it_the_program_is_the_one_that_knows_no_documents():
 
     assert batch_arguments(plain) == (1, 1)
     assert batch_arguments(lowered(on, batch_of(on))) == (2, 1)
+
+
+@pytest.mark.parametrize("document_attention", [False, True])
+def test_the_plan_is_of_the_same_program(document_attention, monkeypatch):
+    """What `plan` compiles takes the batches that `train` would read."""
+    config = tiny.replace(data={"document_attention": document_attention})
+    jitted, traced = unittest.mock.Mock(), RuntimeError("traced")
+    jitted.trace.side_effect = traced
+    monkeypatch.setattr(step, "jit_train_step", lambda *args: jitted)
+    with pytest.raises(RuntimeError, match="traced"):
+        compiled.compile_on(config, targets.parse("h100:1x8"), sharding.make_mesh(MeshConfig()))
+    planned = jitted.trace.call_args.args[1]
+    batch = batch_of(config, document_attention=document_attention)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), planned) == jax.tree.map(lambda x: (x.shape, x.dtype), batch)
 
 
 def test_a_run_is_evaluated_as_it_was_trained_and_goes_on_so(tmp_path):

@@ -10,7 +10,8 @@ import pile
 import pytest
 import tensorflow_datasets as tfds
 
-from biomedlm_jax import preparation, rows
+from biomedlm_jax import data, preparation, rows, sharding
+from biomedlm_jax.config import MeshConfig
 from biomedlm_jax.corpus import Document
 from biomedlm_jax.errors import UserError
 from biomedlm_jax.tokenizer import train_tokenizer
@@ -155,3 +156,8 @@ def test_a_file_that_breaks_while_it_is_read_is_named(pile_config):
         handle.write(bytes(file.stat().st_size))
     with pytest.raises(UserError, match=f"{file} cannot be read any more"):
         opened.read(range(len(opened)))
+    # Threads that read ahead say the same.
+    mesh = sharding.make_mesh(MeshConfig())
+    with pytest.raises(UserError, match=f"{file} cannot be read any more"):
+        for _ in data.train_batches(opened, 0, 64, 0, 50, sharding.batch_sharding(mesh), threads=2):
+            pass
