@@ -120,7 +120,7 @@ class DataConfig:
     contaminated: Literal["drop", "report"] = "drop"
     """What becomes of training documents that share 13 words in a row with data.benchmark_files."""
     processes: int = 0
-    """Processes that prepare rows on this machine; 0 is one a core. The rows do not depend on it."""
+    """Processes that prepare rows on this machine; 0 is one a core where there is enough text. Rows do not depend on it."""
     dir: str = ""
     """Folder of the prepared rows, made when missing; by default 'prepared' inside run.dir."""
     tokenizer: str = ""
@@ -145,6 +145,14 @@ class DataConfig:
                 bool(as_paths(self.train_files)) or bool(self.dir),
                 f"data.source {self.source} needs data.train_files, or data.dir of rows prepared before",
             )
+        _require(0 <= self.eval_fraction < 1, f"data.eval_fraction must be in [0, 1), not {self.eval_fraction}")
+        if self.eval_fraction:
+            _require(
+                self.source != "synthetic" and not as_paths(self.eval_files),
+                "data.eval_fraction holds documents of data.train_files out: it goes neither with data.eval_files nor "
+                "with source synthetic",
+            )
+        _require(self.processes >= 0, f"data.processes must not be negative, not {self.processes}")
         _require(
             0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction must be in [0, 1], not {self.max_bad_fraction}"
         )

@@ -41,6 +41,22 @@ def complete_folder(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def try_lock(path: Path, wait: bool, shared: bool = False) -> Iterator[bool]:
+    """Holds a lock file, as `lock` does; gives false at once if another process holds it and `wait` is false.
+
+    Args:
+      shared: several processes may hold it that all ask for a shared lock.
+    """
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+@contextlib.contextmanager
 def lock(path: Path, when_taken: Callable[[], None]) -> Iterator[None]:
     """Holds a lock file, which the system frees if the process dies.
 

@@ -6,13 +6,13 @@ from biomedlm_jax import config as config_lib
 from biomedlm_jax.errors import run_command
 
 with epy.lazy_imports():
-    from biomedlm_jax import rows
+    from biomedlm_jax import preparation, rows
 
 
 def main() -> None:
     """Prepares what `train` with the same configuration would."""
     config = config_lib.parse_args("prepare", "Make rows of token ids from text, with a tokenizer trained on it.")
-    rows.ensure_prepared(config)
+    preparation.ensure_prepared(config)
     manifest = rows.read_manifest(config.prepared_dir)
     train = manifest["splits"]["train"]
     print(

@@ -37,6 +37,7 @@ with epy.lazy_imports():
         files,
         load,
         metrics,
+        preparation,
         rows,
         sharding,
         step,
@@ -103,7 +104,7 @@ def _prepare(config: Config, stack: contextlib.ExitStack) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     stack.enter_context(files.lock(run_dir / ".lock", functools.partial(_refuse_busy, run_dir)))
     _check_run_folder(config, run_dir)
-    rows.ensure_prepared(config)
+    preparation.ensure_prepared(config)
 
 
 def _run(config: Config, mesh: Any, checkpointer: Any, job: Any) -> int:

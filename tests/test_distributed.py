@@ -65,7 +65,7 @@ errors.run_command(train.main)
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "prepared"
-    rows.ensure_prepared(make_config(folder, "unused"))
+    preparation.ensure_prepared(make_config(folder, "unused"))
     return folder
 
 

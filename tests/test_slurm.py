@@ -52,7 +52,7 @@ def checkout(tmp_path_factory):
     config = tiny.run_config(
         folder / "prepared", "", train={"steps": STEPS, "eval_every": 0, "checkpoint_every": CHECKPOINT_EVERY}
     )
-    rows.ensure_prepared(config)
+    preparation.ensure_prepared(config)
     config_lib.save_config(config, folder / "config.yaml")
     return folder
 

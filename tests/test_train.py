@@ -24,7 +24,7 @@ from biomedlm_jax.errors import UserError
 def prepared(tmp_path_factory):
     """Rows that all runs of this file read."""
     folder = tmp_path_factory.mktemp("data") / "prepared"
-    rows.ensure_prepared(make_config(folder, "unused"))
+    preparation.ensure_prepared(make_config(folder, "unused"))
     return folder
 
 

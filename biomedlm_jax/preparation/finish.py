@@ -1,0 +1,242 @@
+"""The last stage: what all shards made becomes one folder, with a manifest."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shlex
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from biomedlm_jax.config import Config
+from biomedlm_jax.corpus import MAX_SAMPLES, ReadReport
+from biomedlm_jax.errors import UserError
+from biomedlm_jax.preparation import card
+from biomedlm_jax.preparation.shards import SPLITS, Shard
+from biomedlm_jax.rows import FORMAT, MANIFEST_FILE, RowWriter, features, file_template, row_dtype
+from biomedlm_jax.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+# Files of a shard that the manifest names one by one.
+_MAX_FILES = 10
+
+
+@dataclasses.dataclass
+class Prepared:
+    """What the stages before made, a result a shard."""
+
+    config: Config
+    settings: dict[str, Any]
+    shards: Sequence[Shard]
+    read: Sequence[dict[str, Any]]
+    chosen: Sequence[dict[str, Any]]
+    encoded: Sequence[dict[str, Any]]
+    contamination: dict[str, Any] | None = None
+
+
+def total_report(results: Sequence[dict[str, Any]]) -> ReadReport:
+    """The reports of several shards as one."""
+    total = ReadReport()
+    for result in results:
+        total.documents += result["documents"]
+        total.bytes += result["bytes"]
+        total.dropped.update(result["dropped"])
+        total.replaced_surrogates += result["replaced_surrogates"]
+        for reason, places in result["samples"].items():
+            kept = total.samples.setdefault(reason, [])
+            kept += places[: MAX_SAMPLES - len(kept)]
+    return total
+
+
+def finish(made: Prepared, work: Path, folder: Path) -> None:
+    """Fills `folder` with what lies in `work`, which stays as it is until the folder has its name."""
+    tokenizer = load_tokenizer(work / "tokenizer")
+    tokenizer.save(folder / "tokenizer")
+    rows_folder = folder / "rows"
+    rows_folder.mkdir()
+    n_positions = made.config.model.n_positions
+    splits, infos = {}, []
+    for split in SPLITS:
+        parts = [result[split] for result in made.encoded]
+        paths = [work / f"rows-{shard}.{split}" for shard in made.shards]
+        ends = work / f"ends.{split}"
+        part, left_over, padding = _join_ends(made, split, ends, tokenizer.vocab_size, tokenizer.eos_id)
+        parts, paths = [*parts, part], [*paths, ends]
+        filled = [(part, path) for part, path in zip(parts, paths, strict=True) if part["rows"]]
+        template = file_template(rows_folder, split)
+        names = template.sharded_filepaths(len(filled)) if filled else []
+        for (_, path), name in zip(filled, names, strict=True):
+            _link(path, Path(str(name)))
+        infos.append(
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[part["rows"] for part, _ in filled],
+                num_bytes=sum(part["row_bytes"] for part, _ in filled),
+                filename_template=template,
+            )
+        )
+        rows = sum(part["rows"] for part, _ in filled)
+        splits[split] = {
+            "documents": sum(_count(result[split], "documents") for result in made.encoded),
+            "bytes": sum(_count(result[split], "bytes") for result in made.encoded),
+            "rows": rows,
+            "tokens": rows * n_positions - padding,
+            "tokens_left_over": left_over,
+            "sha256": hashlib.sha256("".join(part["sha256"] for part, _ in filled).encode()).hexdigest(),
+            "sources": _total_sources([result[split]["sources"] for result in made.encoded]),
+            # Documents of 0, 1, 2 to 3, 4 to 7, ... tokens.
+            "document_lengths": np.trim_zeros(
+                np.sum([result[split]["lengths"] for result in made.encoded], axis=0), "b"
+            ).tolist(),
+            "files": [
+                {
+                    "name": Path(str(name)).name,
+                    "rows": part["rows"],
+                    "bytes": part["file_bytes"],
+                    "sha256": part["sha256"],
+                }
+                for (part, _), name in zip(filled, names, strict=True)
+            ],
+        }
+        if made.config.data.source == "synthetic":
+            splits[split]["entropy_nats"] = sum(
+                result["entropy_nats"]
+                for shard, result in zip(made.shards, made.read, strict=True)
+                if shard.split == split
+            )
+    _check_rows(made, splits)
+    tfds.folder_dataset.write_metadata(
+        data_dir=str(rows_folder),
+        features=features(n_positions, tokenizer.vocab_size),
+        check_data=False,
+        split_infos=[info for info in infos if info.shard_lengths],
+    )
+    manifest = {
+        "format": FORMAT,
+        "command": shlex.join(["python", "-m", _module(), *sys.argv[1:]]),
+        "settings": made.settings,
+        "n_positions": n_positions,
+        "vocab_size": tokenizer.vocab_size,
+        "eos_id": tokenizer.eos_id,
+        "tokenizer_sha256": tokenizer.fingerprint,
+        "splits": splits,
+        "dropped": _total_dropped(made),
+        "contamination": made.contamination,
+        "shards": [
+            _describe(*of_shard) for of_shard in zip(made.shards, made.read, made.chosen, made.encoded, strict=True)
+        ],
+    }
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
+    card.write(manifest, folder)
+
+
+def _module() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name
+
+
+def _join_ends(made: Prepared, split: str, path: Path, vocab_size: int, eos_id: int) -> tuple[dict[str, Any], int, int]:
+    """Makes rows of what was left after each shard's last whole row.
+
+    Returns:
+      What `RowWriter.close` says, the ids that are in no row, and the ids added to fill the last one.
+    """
+    n_positions = made.config.model.n_positions
+    ids = np.concatenate([np.asarray(result[split]["rest"], row_dtype(vocab_size)) for result in made.encoded])
+    missing = -len(ids) % n_positions if split == "eval" else 0
+    writer = RowWriter(path, n_positions, vocab_size)
+    try:
+        writer.write(np.pad(ids, (0, missing), constant_values=eos_id))
+        part = writer.close()
+    finally:
+        writer.discard()
+    return part, len(part["rest"]), missing
+
+
+def _link(path: Path, target: Path) -> None:
+    """A second name for a file, so that the work is whole until the folder is; a copy where there are no links."""
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copyfile(path, target)
+
+
+def _check_rows(made: Prepared, splits: dict[str, Any]) -> None:
+    train, held_out, data = splits["train"], splits["eval"], made.config.data
+    if not train["rows"]:
+        raise UserError(
+            f"the training text makes {train['tokens_left_over']} tokens, fewer than one row of model.n_positions "
+            f"({made.config.model.n_positions})"
+        )
+    if data.eval_fraction and not held_out["rows"]:
+        raise UserError(f"data.eval_fraction {data.eval_fraction} holds out none of {train['documents']} documents")
+
+
+def _count(result: dict[str, Any], what: str) -> int:
+    return sum(counts[what] for counts in result["sources"].values())
+
+
+def _total_sources(parts: Sequence[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
+    total: dict[str, Counter[str]] = {}
+    for part in parts:
+        for source, counts in part.items():
+            total.setdefault(source, Counter()).update(counts)
+    return {source: dict(total[source]) for source in sorted(total)}
+
+
+def _total_dropped(made: Prepared) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for result in (*made.read, *made.chosen):
+        total.update(result["dropped"])
+    return dict(sorted(total.items()))
+
+
+def _describe(shard: Shard, read: dict[str, Any], chosen: dict[str, Any], encoded: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest says of a shard."""
+    files = list(shard.files) if len(shard.files) <= _MAX_FILES else [shard.files[0], "...", shard.files[-1]]
+    return {
+        "setting": f"{shard.split}_files" if files else "synthetic_documents",
+        "files": files or [f"documents {shard.synthetic[0]} to {shard.synthetic[1] - 1}"],
+        "file_count": len(shard.files),
+        "file_bytes": shard.size if shard.files else 0,
+        "documents": read["documents"],
+        "bytes": read["bytes"],
+        "documents_sha256": read["documents_sha256"],
+        "replaced_surrogates": read["replaced_surrogates"],
+        "dropped": read["dropped"] | chosen["dropped"],
+        "samples": read["samples"] | chosen["samples"],
+    } | {
+        split: {
+            "documents": _count(encoded[split], "documents"),
+            "tokens": _count(encoded[split], "tokens"),
+            "rows": encoded[split]["rows"],
+            "sha256": encoded[split]["sha256"],
+        }
+        for split in SPLITS
+    }
+
+
+def log_summary(manifest: dict[str, Any]) -> None:
+    """Says what was prepared."""
+    for split, counts in manifest["splits"].items():
+        logger.info(
+            "rows: %s %d documents, %d tokens, %d rows of %d",
+            split,
+            counts["documents"],
+            counts["tokens"],
+            counts["rows"],
+            manifest["n_positions"],
+        )
+    if manifest["dropped"]:
+        logger.info(
+            "rows: left out: %s", ", ".join(f"{count} {reason}" for reason, count in manifest["dropped"].items())
+        )
