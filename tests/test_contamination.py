@@ -350,7 +350,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
 
 
 def test_a_missing_file_is_no_broken_one(tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match=r"set.parquet does not exist$"):
         list(records(str(tmp_path / "set.parquet")))
 
 

@@ -19,11 +19,12 @@ from biomedlm_jax.corpus import files as _files
 from biomedlm_jax.corpus import jats, json_lines, parquet, pubmed, text
 from biomedlm_jax.corpus.files import expand_globs, file_identity, file_size, shown
 from biomedlm_jax.corpus.pile_pubmed import PilePubmed
-from biomedlm_jax.corpus.records import BROKEN, PUBMED_SETS, Document, ReadReport, Selection
+from biomedlm_jax.corpus.records import BROKEN, MAX_SAMPLES, PUBMED_SETS, Document, ReadReport, Selection
 from biomedlm_jax.errors import UserError
 
 __all__ = [
     "BROKEN",
+    "MAX_SAMPLES",
     "PUBMED_SETS",
     "Document",
     "PilePubmed",
@@ -38,6 +39,7 @@ __all__ = [
     "tokenizer_texts",
 ]
 
+_PUBMED = Selection()
 _READERS: dict[str, Callable[[str, ReadReport, Selection], Iterator[Document]]] = {
     "pile": json_lines.read,
     "parquet": parquet.read,
@@ -48,7 +50,7 @@ _READERS: dict[str, Callable[[str, ReadReport, Selection], Iterator[Document]]] 
 
 
 def read_documents(
-    source: str, files: Sequence[str], report: ReadReport, selection: Selection = Selection()
+    source: str, files: Sequence[str], report: ReadReport, selection: Selection = _PUBMED
 ) -> Iterator[Document]:
     """The documents of `files`, in their order.
 
@@ -70,9 +72,7 @@ def read_documents(
     return (document for file in files for document in _READERS[source](file, report, selection))
 
 
-def read_mixed(
-    files: Sequence[str], report: ReadReport, selection: Selection = Selection()
-) -> Iterator[Document]:
+def read_mixed(files: Sequence[str], report: ReadReport, selection: Selection = _PUBMED) -> Iterator[Document]:
     """Documents of files of any of the formats, told apart by name (".json", ".parquet") or else by their beginning."""
     for file in files:
         yield from read_documents(_source(file), [file], report, selection)
@@ -90,7 +90,7 @@ def _source(file: str) -> str:
         head += chunk
     if head.startswith(b"PAR1"):
         return "parquet"
-    if jats.is_tar(file, head):
+    if jats.is_tar(head):
         return "jats_xml"
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
         if b"<PubmedArticleSet" in head:

@@ -133,7 +133,11 @@ def _is_cryptic(what: str) -> bool:
 
 
 def file_size(path: str) -> int:
-    """Bytes of a file or URL, before decompression; 0 where a server does not tell. Raises: UserError: it is not there."""
+    """Bytes of a file or URL, before decompression; 0 where a server does not tell.
+
+    Raises:
+      UserError: it is not there.
+    """
     with _explained(path):
         if not _URL.match(path):
             return os.stat(path).st_size

@@ -22,6 +22,7 @@ Reason = Literal[
     "another set",
     "another language",
     "no abstract",
+    "no article",
     "not XML",
 ]
 
@@ -70,7 +71,7 @@ class ReadReport:
     replaced_surrogates: int = 0
     """Lone surrogates replaced by U+FFFD in the documents kept."""
     samples: dict[str, list[str]] = field(default_factory=dict)
-    """The first places of each reason, as "file:line"; instead of a line "row 7", "PMID 7", or a member of an archive."""
+    """The first places of each reason, as "file:line"; or "file:row 7", or a member of an archive instead of a line."""
     raw_bytes: int = field(default=0, compare=False)
     """Bytes of the files themselves that are used up, before decompression: how far reading is."""
     deleted: list[int] = field(default_factory=list)
