@@ -109,9 +109,13 @@ def _explained(path: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except FileNotFoundError as error:
-        raise UserError(f"{shown(path)} does not exist") from error
     except Exception as error:
+        # Behind https:// all that goes wrong is said to be a missing file.
+        cause = error.__cause__
+        if isinstance(error, FileNotFoundError) and (cause is None or getattr(cause, "status", None) == 404):
+            raise UserError(f"{shown(path)} does not exist") from error
+        while error.__cause__:
+            error = error.__cause__
         # Local files raise OSError, or ValueError for impossible names; clients of servers raise dozens of types.
         if _URL.match(path):
             raise UserError(

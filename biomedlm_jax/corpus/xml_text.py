@@ -7,7 +7,8 @@ import xml.etree.ElementTree as ET
 from collections.abc import Set
 from xml.parsers import expat
 
-NAMESPACE = re.compile(r"^\{[^}]*\}")
+_ELEMENT = re.compile(rb"<[A-Za-z]")
+_NAMESPACE = re.compile(r"^\{[^}]*\}")
 
 
 class MalformedError(ValueError):
@@ -20,7 +21,8 @@ def parse(data: bytes) -> ET.Element:
     Raises:
       MalformedError: it is not well-formed, or declares entities, as bombs do.
     """
-    if b"<!" in data:
+    # What begins with an element declares nothing.
+    if not _ELEMENT.match(data):
         _refuse_entities(data)
     try:
         return ET.fromstring(data)
@@ -75,4 +77,4 @@ def text(element: ET.Element | None, leave_out: Set[str] = frozenset()) -> str:
 
 def name(element: ET.Element) -> str:
     """The name of an element, without its namespace; empty for comments and processing instructions."""
-    return NAMESPACE.sub("", element.tag) if isinstance(element.tag, str) else ""
+    return _NAMESPACE.sub("", element.tag) if isinstance(element.tag, str) else ""
