@@ -27,7 +27,8 @@ FIRST_LEARNT = 1 + 256
 SPACE = "\u2581"
 # Parts of a text that SentencePiece may encode one by one: no piece holds a space after its first character, so that
 # none reaches over a part's end, and short parts are four times as fast as a whole book.
-PARTS = re.compile(f"{SPACE}|[^{SPACE}]{{1,2000}}[^{SPACE} ]*")
+_LONG_PART = 2000
+PARTS = re.compile(f"{SPACE}|[^{SPACE}]{{1,{_LONG_PART}}}[^{SPACE} ]*")
 # Words that a process remembers, with what they become: 150 MB.
 _MAX_WORDS = 500_000
 _LONGEST_WORD = 64
@@ -157,7 +158,10 @@ class SentencePieceTokenizer(Tokenizer):
         if len(known) > _MAX_WORDS:
             known.clear()
         new = list(set(chain.from_iterable(split)).difference(known))
-        encoded = self.encode_batch([word[1:] if word[:1] == " " else " " + word for word in new])
+        parts = [word[1:] if word[:1] == " " else " " + word for word in new]
+        # Nearly all are plain words, which need not be taken apart.
+        plain = max(map(len, parts), default=0) < _LONG_PART and not any(SPACE in part for part in parts)
+        encoded = self._processor.encode(parts) if plain else self.encode_batch(parts)
         found = {word: np.asarray(ids, self.dtype).tobytes() for word, ids in zip(new, encoded, strict=True)}
         known.update(found)
         eos = np.asarray([self.eos_id], self.dtype).tobytes()
