@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -142,7 +143,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.source != "synthetic":
             _require(
-                bool(as_paths(self.train_files)) or bool(self.dir),
+                bool(as_paths(self.train_files)) or bool(self.dir) or bool(self.mixture),
                 f"data.source {self.source} needs data.train_files, or data.dir of rows prepared before",
             )
         _require(0 <= self.eval_fraction < 1, f"data.eval_fraction must be in [0, 1), not {self.eval_fraction}")
@@ -158,6 +159,11 @@ class DataConfig:
         )
         for name in ("synthetic_documents", "synthetic_eval_documents", "reader_threads"):
             _require(getattr(self, name) >= 1, f"data.{name} must be at least 1, not {getattr(self, name)}")
+        for folder, weight in self.mixture.items():
+            _require(bool(folder.strip()), "data.mixture has a folder without a name")
+            _require(
+                0 < weight < math.inf, f"data.mixture: the weight of {folder} must be a number above 0, not {weight}"
+            )
 
 
 @dataclass(frozen=True)
@@ -232,7 +238,7 @@ class TrainConfig:
     eval_every: int = 1000
     """Steps between evaluations on held-out rows; 0 evaluates at the end only."""
     eval_batches: int = 0
-    """Global batches of an evaluation; 0 is all held-out rows."""
+    """Global batches of an evaluation, of each set of data.mixture; 0 is all held-out rows."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; there is always one at the end."""
     keep_last: int = 3
@@ -318,6 +324,11 @@ class Config:
         """
         _require(bool(self.data.dir or self.run.dir), "neither run.dir nor data.dir is set: say where rows shall lie")
         return Path(self.data.dir) if self.data.dir else Path(self.run.dir) / "prepared"
+
+    @property
+    def prepared_dirs(self) -> dict[Path, float]:
+        """Folders of prepared rows to read and their weights: data.mixture, or `prepared_dir` alone."""
+        return {Path(folder): weight for folder, weight in self.data.mixture.items()} or {self.prepared_dir: 1.0}
 
 
 class _Parser(jsonargparse.ArgumentParser):
@@ -446,14 +457,17 @@ _MAY_CHANGE = {
 def differences(before: Config, after: Config) -> list[str]:
     """The settings that make `after` another run than `before`: 'model.n_layer was 2, is 4'.
 
-    The data are not compared: a checkpoint records the hash of the rows themselves.
+    The data are not compared, but for what is made of them: a checkpoint records the hash of the rows themselves.
     """
     found = []
+    old, new = before.data.document_attention, after.data.document_attention
+    if old != new:
+        found.append(f"data.document_attention was {old}, is {new}")
     for group in ("model", "optimizer", "train"):
-        old, new = (dataclasses.asdict(getattr(config, group)) for config in (before, after))
+        there, here = (dataclasses.asdict(getattr(config, group)) for config in (before, after))
         found += [
-            f"{group}.{name} was {old[name]}, is {new[name]}"
-            for name in new
-            if name not in _MAY_CHANGE.get(group, ()) and old[name] != new[name]
+            f"{group}.{name} was {there[name]}, is {here[name]}"
+            for name in here
+            if name not in _MAY_CHANGE.get(group, ()) and there[name] != here[name]
         ]
     return found

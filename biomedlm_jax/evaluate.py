@@ -30,7 +30,8 @@ def main() -> None:
         prog="python -m biomedlm_jax.evaluate",
         description=(
             "Loss and perplexity on held-out text. Documents are joined with the end-of-text token, and read in rows "
-            "of the model's n_positions; the first token of a row is not predicted."
+            "of the model's n_positions; the first token of a row is not predicted. A run trained with "
+            "data.document_attention is evaluated with it."
         ),
     )
     parser.add_argument(
@@ -91,6 +92,7 @@ def evaluate(
     Raises:
       UserError: the folder, its tokenizer or the text cannot be used.
     """
+    document_attention = load.document_attention(path)
     config = config_lib.Config(model=load.read_config(path))
     tokenizer = load.load_tokenizer(path)
     report = corpus.ReadReport()
@@ -102,7 +104,9 @@ def evaluate(
     abstract = jax.eval_shape(functools.partial(model.init_params, config.model, 0))
     params = load.load_params(path, step_number, sharding.tree_shardings(mesh, abstract))
     eval_step = step.jit_eval_step(config, mesh)
-    batches = data.eval_batches(held_out, batch_size * devices, sharding.batch_sharding(mesh))
+    batches = data.eval_batches(
+        held_out, batch_size * devices, sharding.batch_sharding(mesh), document_attention=document_attention
+    )
     count = data.eval_batch_count(held_out, batch_size * devices)
     progress = tqdm(batches, desc="evaluating", unit=" batches", disable=None, total=count)
     with jax.set_mesh(mesh):

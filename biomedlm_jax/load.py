@@ -143,6 +143,11 @@ def read_config(path: str | Path) -> ModelConfig:
     )
 
 
+def document_attention(path: str | Path) -> bool:
+    """Whether a run was trained to attend within documents only; false of a Hugging Face folder, which cannot say."""
+    return _is_run(Path(path)) and load_config(Path(path) / checkpoint.CONFIG_FILE).data.document_attention
+
+
 def load_params(path: str | Path, step: int | None = None, shardings: Params | None = None) -> Params:
     """The parameters in a run's folder or a Hugging Face folder, on one device unless `shardings` says otherwise.
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from biomedlm_jax.attention import causal_attention, dropout
 from biomedlm_jax.config import ModelConfig
+from biomedlm_jax.kernels.documents import documents
 from biomedlm_jax.kernels.flash_attention import CHECKPOINT_NAME
 from biomedlm_jax.loss import head_logits
 from biomedlm_jax.sharding import GATHERED, GATHERED_AND_KEPT, constrain_rows
@@ -65,10 +66,14 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "batch seq embd"],
         layer: Int[Array, ""],
+        segment_ids: Int[Array, "batch seq"] | None,
         mask: Bool[Array, "batch seq"] | None,
         keys: Key[Array, "batch"] | None,
     ) -> Float[Array, "batch seq embd"]:
-        """Mixes positions; `layer` counts from 0, `mask` is false for padding, `keys`, one a row, turn dropout on."""
+        """Mixes positions of the same segment.
+
+        `layer` counts from 0, `mask` is false for padding, `keys`, one a row, turn dropout on.
+        """
         config = self.config
         head_dim = config.n_embd // config.n_head
         # https://huggingface.co/stanford-crfm/BioMedLM: scale_attn_by_inverse_layer_idx divides by i + 1.
@@ -77,7 +82,13 @@ class Attention(nnx.Module):
             scale = scale / (layer + 1)
         qkv = self.c_attn(x).reshape(*x.shape[:2], 3 * config.n_head, head_dim)
         out = causal_attention(
-            qkv, scale, implementation=config.attention, mask=mask, dropout_rate=config.attn_pdrop, dropout_keys=keys
+            qkv,
+            scale,
+            implementation=config.attention,
+            segment_ids=segment_ids,
+            mask=mask,
+            dropout_rate=config.attn_pdrop,
+            dropout_keys=keys,
         )
         return self.c_proj(out.reshape(x.shape))
 
@@ -109,12 +120,13 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "batch seq embd"],
         layer: Int[Array, ""],
+        segment_ids: Int[Array, "batch seq"] | None,
         mask: Bool[Array, "batch seq"] | None,
         keys: Key[Array, "batch"] | None,
     ) -> Float[Array, "batch seq embd"]:
         """The residual stream after the block; arguments as of `Attention`."""
         attn_keys, attn_out_keys, mlp_out_keys = (None if keys is None else _fold_in(keys, i) for i in range(3))
-        x = x + dropout(self.attn(self.ln_1(x), layer, mask, attn_keys), self.resid_pdrop, attn_out_keys)
+        x = x + dropout(self.attn(self.ln_1(x), layer, segment_ids, mask, attn_keys), self.resid_pdrop, attn_out_keys)
         return x + dropout(self.mlp(self.ln_2(x)), self.resid_pdrop, mlp_out_keys)
 
 
@@ -168,6 +180,7 @@ class GPT2(nnx.Module):
         *,
         attention_mask: Bool[Array, "batch seq"] | None = None,
         position_ids: Int[Array, "batch seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
         dropout_keys: Key[Array, "batch"] | None = None,
         gather: Callable[[Params], Params] | None = None,
     ) -> Float[Array, "batch seq embd"]:
@@ -176,12 +189,15 @@ class GPT2(nnx.Module):
         Args:
           tokens: ids in [0, vocab_size).
           attention_mask: true for tokens, false for padding, which is never attended to.
-          position_ids: where each token stands; 0, 1, 2, ... by default.
+          position_ids: where each token stands; by default 0, 1, 2, ..., from the start of its segment.
+          segment_ids: documents packed in a row, as runs of equal ids, which do not attend to each other.
           dropout_keys: turn dropout on, at the configuration's rates; a key for each row.
           gather: makes one block's parameters whole, of which this model holds shards; `sharding.gather_kernels`.
         """
         config = self.config
         positions = jnp.arange(tokens.shape[1]) if position_ids is None else position_ids
+        if segment_ids is not None and position_ids is None:
+            positions = positions - documents(segment_ids).starts
         # Looked up in float32, so that the gradients of a word's and a position's many occurrences are summed in it.
         x = constrain_rows((self.wte(tokens) + self.wpe(positions)).astype(config.compute_dtype))
         if dropout_keys is not None:
@@ -192,7 +208,7 @@ class GPT2(nnx.Module):
             params, layer = inputs
             keys = None if dropout_keys is None else _fold_in(dropout_keys, layer)
             params = params if gather is None else gather(params)
-            return constrain_rows(nnx.merge(block_def, params)(x, layer, attention_mask, keys)), None
+            return constrain_rows(nnx.merge(block_def, params)(x, layer, segment_ids, attention_mask, keys)), None
 
         # A loop keeps its iterations apart, so that the compiler cannot merge what is recomputed with what was computed
         # first; one iteration is no loop. (XLA for CPUs merges it all the same.)
@@ -208,11 +224,16 @@ class GPT2(nnx.Module):
         *,
         attention_mask: Bool[Array, "batch seq"] | None = None,
         position_ids: Int[Array, "batch seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
         dropout_keys: Key[Array, "batch"] | None = None,
     ) -> Float[Array, "batch seq vocab"]:
         """Logits of the next token, float32; arguments as in `hidden_states`."""
         hidden = self.hidden_states(
-            tokens, attention_mask=attention_mask, position_ids=position_ids, dropout_keys=dropout_keys
+            tokens,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            segment_ids=segment_ids,
+            dropout_keys=dropout_keys,
         )
         return head_logits(hidden, self.wte.embedding[...])
 

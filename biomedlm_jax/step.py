@@ -24,10 +24,16 @@ from biomedlm_jax.sharding import Exchange
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Rows of token ids; `mask` is false for padding."""
+    """Rows of token ids.
+
+    Attributes:
+      mask: false for padding.
+      segment_ids: runs of equal ids for documents that do not attend to each other; None is a program without them.
+    """
 
     tokens: Int[Array, "batch seq"]
     mask: Bool[Array, "batch seq"]
+    segment_ids: Int[Array, "batch seq"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -147,7 +153,7 @@ def _summed_loss(
     gather: Callable[[Params], Params] | None = None,
 ) -> Float[Array, ""]:
     model = model_lib.merge(config.model, params)
-    hidden = model.hidden_states(batch.tokens, dropout_keys=dropout_keys, gather=gather)
+    hidden = model.hidden_states(batch.tokens, segment_ids=batch.segment_ids, dropout_keys=dropout_keys, gather=gather)
     return next_token_loss(hidden, params["wte"]["embedding"], batch.tokens, batch.mask, config.train.loss_chunk)
 
 

@@ -37,6 +37,7 @@ with epy.lazy_imports():
         files,
         load,
         metrics,
+        mixture,
         preparation,
         rows,
         sharding,
@@ -92,7 +93,8 @@ def _train(config: Config, job: Any) -> int:
     with contextlib.ExitStack() as stack:
         job.first("prepare the rows", functools.partial(_prepare, config, stack))
         job.check_folder(run_dir)
-        job.check_folder(config.prepared_dir)
+        for folder in config.prepared_dirs:
+            job.check_folder(folder)
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(_stop_signal(job))
         checkpointer = stack.enter_context(job.closing(checkpoint.Checkpointer(run_dir, config.train)))
@@ -104,14 +106,15 @@ def _prepare(config: Config, stack: contextlib.ExitStack) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     stack.enter_context(files.lock(run_dir / ".lock", functools.partial(_refuse_busy, run_dir)))
     _check_run_folder(config, run_dir)
-    preparation.ensure_prepared(config)
+    if not config.data.mixture:
+        preparation.ensure_prepared(config)
+    mixture.check_folders(config)
 
 
 def _run(config: Config, mesh: Any, checkpointer: Any, job: Any) -> int:
     """`train` once its folder is its own and the rows are there."""
     run_dir = Path(config.run.dir)
-    train_rows, eval_rows = (rows.open_rows(config.prepared_dir, split) for split in ("train", "eval"))
-    assert train_rows is not None
+    train_rows, held_out = mixture.open_train(config), mixture.open_held_out(config)
     identity = data.identity(train_rows, config.train.seed, config.train.global_batch_size)
 
     # ---- The state to start from
@@ -126,7 +129,7 @@ def _run(config: Config, mesh: Any, checkpointer: Any, job: Any) -> int:
     # ---- The compiled steps, and the batches they take
     batch_sharding = sharding.batch_sharding(mesh)
     train_step = step.jit_train_step(config, state_shardings, batch_sharding)
-    evaluator = _Evaluator(config, eval_rows, batch_sharding, job)
+    evaluator = _Evaluator(config, held_out, batch_sharding, job)
     batches = data.train_batches(
         train_rows,
         config.train.seed,
@@ -135,7 +138,15 @@ def _run(config: Config, mesh: Any, checkpointer: Any, job: Any) -> int:
         config.train.steps,
         batch_sharding,
         config.data.reader_threads,
+        config.data.document_attention,
     )
+    train_rows.log(config.train.steps * config.train.global_batch_size)
+
+    def check_rows() -> None:
+        # One process asks for all: a thousand files on each of a hundred hosts are much to ask a file system for.
+        if job.index == 0:
+            for opened in (*train_rows.sets, *held_out.values()):
+                opened.check_unchanged()
 
     # ---- The loop
     done, stop = start_step, False
@@ -148,10 +159,12 @@ def _run(config: Config, mesh: Any, checkpointer: Any, job: Any) -> int:
             last = done == config.train.steps
             if last or (config.train.eval_every and done % config.train.eval_every == 0):
                 record.check()  # before the evaluation, whose time is not the step's
+                check_rows()
                 record.evaluated(done, evaluator(state.params))
             stop = job.should_stop() and not last
             if last or stop or done % config.train.checkpoint_every == 0:
                 record.check()
+                check_rows()
                 checkpointer.save(state, {"data": identity})
                 record.throughput.restart(done)
             if stop:
@@ -162,14 +175,14 @@ def _run(config: Config, mesh: Any, checkpointer: Any, job: Any) -> int:
         logger.info("stopped by %s: step %d is saved in %s; the same command goes on from there", name, done, run_dir)
         return 128 + job.stop_signal
     if job.index == 0:
-        print(record.summary(eval_rows.entropy if eval_rows else None))
+        print(record.summary(mixture.entropy(held_out.values())))
     return 0
 
 
 def _describe_run(config: Config) -> None:
     run_dir = Path(config.run.dir)
     config_lib.save_config(config, run_dir / checkpoint.CONFIG_FILE)
-    tokenizer.load_tokenizer(config.prepared_dir / "tokenizer").save(run_dir / checkpoint.TOKENIZER_FOLDER)
+    tokenizer.load_tokenizer(next(iter(config.prepared_dirs)) / "tokenizer").save(run_dir / checkpoint.TOKENIZER_FOLDER)
 
 
 def _refuse_busy(run_dir: Path) -> None:
@@ -196,33 +209,41 @@ def _starting_state(
     state = jitted_init(load.start_from(init_from, config.model, shardings.params))
     logger.info("weights: of %s, at step 0", init_from)
     with contextlib.suppress(UserError):  # weights may come without a tokenizer
-        theirs = load.load_tokenizer(init_from).fingerprint
-        if theirs != rows.read_manifest(config.prepared_dir)["tokenizer_sha256"]:
-            logger.warning(
-                "weights: %s has another tokenizer than %s: its ids mean other words", init_from, config.prepared_dir
-            )
+        theirs, prepared = load.load_tokenizer(init_from).fingerprint, next(iter(config.prepared_dirs))
+        if theirs != rows.read_manifest(prepared)["tokenizer_sha256"]:
+            logger.warning("weights: %s has another tokenizer than %s: its ids mean other words", init_from, prepared)
     return state, shardings
 
 
 class _Evaluator:
     """The loss on held-out rows, by parameters."""
 
-    def __init__(self, config: Config, eval_rows: Any, batch_sharding: Any, job: Any):
-        self._rows, self._sharding, self._job = eval_rows, batch_sharding, job
+    def __init__(self, config: Config, held_out: dict[str, Any], batch_sharding: Any, job: Any):
+        self._held_out, self._sharding, self._job = held_out, batch_sharding, job
         parts = config.train.gradient_accumulation_steps
         # As many rows at once as in training, and the same rows however many that are.
         self._batch_size, self._limit = config.train.global_batch_size // parts, config.train.eval_batches * parts
+        self._document_attention = config.data.document_attention
         self._step = step.jit_eval_step(config, batch_sharding.mesh)
 
     def __call__(self, params: Any) -> dict[str, float]:
-        """'eval/loss' in nats a token and 'eval/perplexity'; nothing without held-out rows, or if it was stopped."""
-        if self._rows is None:
+        """'eval/loss' in nats a token of all sets, 'eval/perplexity', and of several sets 'eval/loss/NAME' of each.
+
+        Nothing without held-out rows, or if it was stopped.
+        """
+        found = {}
+        for name, of_set in self._held_out.items():
+            batches = data.eval_batches(of_set, self._batch_size, self._sharding, self._limit, self._document_attention)
+            found[name] = step.held_out_loss(self._step, params, batches, stop=self._job.should_stop)
+            if self._job.stop_signal:
+                return {}
+        if not found:
             return {}
-        batches = data.eval_batches(self._rows, self._batch_size, self._sharding, self._limit)
-        nll, tokens = step.held_out_loss(self._step, params, batches, stop=self._job.should_stop)
-        if self._job.stop_signal:
-            return {}
-        return {"eval/loss": nll / tokens, "eval/perplexity": metrics.perplexity(nll / tokens)}
+        nll, tokens = map(sum, zip(*found.values(), strict=True))
+        results = {"eval/loss": nll / tokens, "eval/perplexity": metrics.perplexity(nll / tokens)}
+        if len(found) > 1:
+            results |= {f"eval/loss/{name}": nll / tokens for name, (nll, tokens) in found.items()}
+        return results
 
 
 class _Record:

@@ -1,6 +1,5 @@
 """Real processes, as a pod has them: the same losses, one failure ends all, and all stop at one step."""
 
-import dataclasses
 import json
 import os
 import re
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 
-from biomedlm_jax import checkpoint, data, distributed, metrics, preparation, rows
+from biomedlm_jax import checkpoint, distributed, metrics, mixture, preparation, rows
 from biomedlm_jax import config as config_lib
 from biomedlm_jax import train as train_lib
 from biomedlm_jax.config import Config
@@ -161,10 +160,8 @@ def test_two_processes_train_as_one_and_share_the_rows(prepared, tmp_path, subpr
     assert_close(losses(tmp_path / "2x4"), losses(tmp_path / "1x8"))
     assert len(losses(tmp_path / "2x4")) == 4 + 3
     # Each reads its half of each batch, and nothing else.
-    numbered = rows.open_rows(prepared, "train")
-    numbered = dataclasses.replace(numbered, source=[{"tokens": index} for index in range(len(numbered))])
-    sequence = data.train_rows(numbered, 0)
-    drawn = np.array([sequence[index]["tokens"] for index in range(4 * 16)]).reshape(4, 2, 8)
+    draws = mixture.Mixture((rows.open_rows(prepared, "train"),), (1.0,)).draws(0)
+    drawn = np.array([draws[index][1] for index in range(4 * 16)]).reshape(4, 2, 8)
     for index in range(2):
         assert sorted(several.reads(index)) == sorted(drawn[:, index].flat)
     # Process 0 speaks for all.

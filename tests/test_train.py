@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import tiny
 
-from biomedlm_jax import checkpoint, files, metrics, model, preparation
+from biomedlm_jax import checkpoint, files, metrics, model, preparation, rows
 from biomedlm_jax import config as config_lib
 from biomedlm_jax import step as step_lib
 from biomedlm_jax import train as train_lib
 from biomedlm_jax.config import Config
 from biomedlm_jax.errors import UserError
+from biomedlm_jax.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +203,39 @@ def test_mistakes_are_one_line_and_lose_nothing(straight, prepared, tmp_path):
     with pytest.raises(UserError, match="run.dir is not set"):
         train_lib.train(make_config(prepared, ""))
     assert sorted((path, path.stat().st_mtime_ns) for path in run_dir.rglob("*")) == before
+
+
+def test_rows_that_change_under_a_run_end_it_before_it_is_saved(prepared, tmp_path, monkeypatch):
+    folder = tmp_path / "prepared"
+    shutil.copytree(prepared, folder)
+    config = make_config(folder, tmp_path / "run", train={"steps": 6, "checkpoint_every": 2, "eval_every": 0})
+    file = next((folder / "rows").glob("*train*array_record*"))
+    before, advance = file.read_bytes(), metrics.MetricWriter.advance
+
+    def change(self, step):
+        advance(self, step)
+        if step == 3:
+            file.write_bytes(before)  # the same bytes, but who knows what was read meanwhile
+
+    with monkeypatch.context() as patched:
+        patched.setattr(metrics.MetricWriter, "advance", change)
+        with pytest.raises(UserError, match=f"{file} was written since this run began to read the rows of {folder}"):
+            train_lib.train(config)
+    assert checkpoint.find_step(config.run.dir) == 2
+    assert train_lib.train(config) == 0
+    assert checkpoint.find_step(config.run.dir) == 6
+
+
+def test_a_tokenizer_of_other_rows_is_refused(prepared, tmp_path):
+    folder = tmp_path / "prepared"
+    shutil.copytree(prepared, folder)
+    train_tokenizer(["other words than those of the rows " * 50], 600, folder / "tokenizer")
+    sha256 = rows.read_manifest(folder)["tokenizer_sha256"]
+    with pytest.raises(
+        UserError, match=f"{folder / 'tokenizer'} .*is not the one that the rows of {folder} .*{sha256}"
+    ):
+        train_lib.train(make_config(folder, tmp_path / "run"))
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_run_has_one_process(prepared, tmp_path):

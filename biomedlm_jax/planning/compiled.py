@@ -95,7 +95,8 @@ def compile_on(config: Config, target: Target, mesh: Any) -> CompiledStep:
     """`compile_step` for a mesh that is there already."""
     state = jax.eval_shape(functools.partial(step.init_state, config))
     shape = (config.train.global_batch_size, config.model.n_positions)
-    batch: Any = step.Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, bool)))  # type: ignore[arg-type]
+    dtypes = (jnp.int32, bool, jnp.int32) if config.data.document_attention else (jnp.int32, bool)
+    batch: Any = step.Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in dtypes))  # type: ignore[arg-type]
     jitted = step.jit_train_step(config, sharding.tree_shardings(mesh, state), sharding.batch_sharding(mesh))
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
         traced = jitted.trace(state, batch)
