@@ -317,7 +317,7 @@ BROKEN = [
     ("a.tsv", f"{LONG}\tb\nb\n".encode(), ":2: 1 fields, where the first row has 2"),
     ("a.parquet", b"PAR1 and no more", ":1: "),
     ("a.txt", LONG.encode() + b"\n\xff", ":2: not UTF-8"),
-    ("a.jsonl.gz", gzip.compress(LINE * 1000)[:-9], ": the archive is corrupt or truncated"),
+    ("a.jsonl.gz", gzip.compress(LINE * 1000, mtime=0)[:-9], ": the archive is corrupt or truncated"),
     ("a.jsonl", as_lines([{"q": "seven words are too few to find"}]), " has no text of at least 8 words in its 1 "),
     ("a.csv", b"", " has no text of at least 8 words in its 0 records"),
     ("a.json", b"[]", " has no text of at least 8 words in its 0 records"),

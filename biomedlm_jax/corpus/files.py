@@ -114,8 +114,6 @@ def _explained(path: str) -> Iterator[None]:
         cause = error.__cause__
         if isinstance(error, FileNotFoundError) and (cause is None or getattr(cause, "status", None) == 404):
             raise UserError(f"{shown(path)} does not exist") from error
-        while error.__cause__:
-            error = error.__cause__
         # Local files raise OSError, or ValueError for impossible names; clients of servers raise dozens of types.
         if _URL.match(path):
             raise UserError(
