@@ -22,6 +22,7 @@ Each run is a process of its own; runs of both sides alternate, and the numbers 
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import random
@@ -163,6 +164,72 @@ def prepare_theirs(folder: Path, processes: int) -> dict[str, Any]:
     return {"documents": len(text), "rows": len(rows), "tokens": len(rows) * N_POSITIONS}
 
 
+# ---- Formats of text
+
+
+def write_formats(documents: list[str], folder: Path) -> None:
+    """The same documents in each format, 16 times what `documents` holds."""
+    import gzip
+    import tarfile
+    from xml.sax.saxutils import escape
+
+    import pyarrow
+    import pyarrow.parquet
+    import zstandard
+
+    folder.mkdir()
+    documents = [re.sub(r"[^\x20-\U0010FFFF]", " ", text) for text in documents] * 16
+    for name, pile_set in (("pile", "PubMed Abstracts"), ("pile_other_sets", "Github")):
+        with zstandard.open(folder / f"{name}.jsonl.zst", "wt", encoding="utf-8") as file:
+            for text in documents:
+                file.write(json.dumps({"text": text, "meta": {"pile_set_name": pile_set}}) + "\n")
+    pyarrow.parquet.write_table(pyarrow.table({"text": documents}), folder / "parquet.parquet", compression="zstd")
+    with gzip.open(folder / "pubmed_xml.xml.gz", "wt", 6, encoding="utf-8") as file:
+        file.write("<PubmedArticleSet>\n")
+        for number, text in enumerate(documents, 1):
+            # Of a record of PubMed about a third is text.
+            file.write(
+                f'<PubmedArticle><MedlineCitation><PMID Version="1">{number}</PMID><Article><ArticleTitle>A title'
+                f"</ArticleTitle><Abstract><AbstractText>{escape(text)}</AbstractText></Abstract><Language>eng</Language>"
+                "</Article>"
+                + "".join(
+                    f"<MeshHeading><DescriptorName>{n:030}</DescriptorName></MeshHeading>"
+                    for n in range(len(text) // 45)
+                )
+                + "</MedlineCitation></PubmedArticle>\n"
+            )
+        file.write("</PubmedArticleSet>")
+    with tarfile.open(folder / "jats_xml.tar.gz", "w:gz", compresslevel=6) as archive:
+        for number, text in enumerate(documents):
+            paragraphs = "".join(f"<p>{escape(text[at : at + 800])}</p>" for at in range(0, len(text), 800))
+            content = f"<article><body><sec><title>T</title>{paragraphs}</sec></body></article>".encode()
+            member = tarfile.TarInfo(f"PMC{number}.xml")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def read_formats(folder: Path, _: int) -> dict[str, Any]:
+    """MB a second of text, or for other sets of the text that is skipped; and of the files."""
+    from biomedlm_jax import corpus
+
+    found: dict[str, Any] = {}
+    for path in sorted((folder / "formats").iterdir()):
+        name = path.name.split(".")[0]
+        report = corpus.ReadReport()
+        selection = corpus.Selection(pile_sets=corpus.PUBMED_SETS if "pile" in name else (), languages=("eng",))
+        begin = time.perf_counter()
+        for _document in corpus.read_documents(name.removesuffix("_other_sets"), [str(path)], report, selection):
+            pass
+        seconds = time.perf_counter() - begin
+        text_bytes = report.bytes or path.stat().st_size * found["pile"]["text_bytes"] / found["pile"]["file_bytes"]
+        found[name] = {
+            "text_bytes": int(text_bytes),
+            "file_bytes": path.stat().st_size,
+            "text_mb_per_s": round(text_bytes / 1e6 / seconds, 1),
+        }
+    return found
+
+
 # ---- Reading
 
 
@@ -235,7 +302,8 @@ def wait(folder: Path, steps: int) -> dict[str, Any]:
 
 
 STAGES = {
-    function.__name__: function for function in (prepare_ours, prepare_theirs, read_ours, read_theirs, jump, wait)
+    function.__name__: function
+    for function in (prepare_ours, prepare_theirs, read_formats, read_ours, read_theirs, jump, wait)
 }
 
 
@@ -255,9 +323,14 @@ def serve_stage(stage: str, folder: str, number: str) -> None:
     result = STAGES[stage](Path(folder), int(number))
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     result["cpu_s"] = round(sum(usage.ru_utime + usage.ru_stime for usage in usages), 2)
-    # Linux counts kibibytes, macOS bytes. Of the largest process.
-    result["peak_bytes"] = max(usage.ru_maxrss for usage in usages) * (1 if sys.platform == "darwin" else 1024)
+    result["peak_bytes"] = peak_bytes()
     print(json.dumps(result))
+
+
+def peak_bytes() -> int | None:
+    """Of this process alone, since it began: getrusage counts what its parent had."""
+    status = Path("/proc/self/status")
+    return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024 if status.exists() else None  # type: ignore[index]
 
 
 # ---- The report
@@ -300,7 +373,11 @@ def measure(folder: Path, size: int, args: argparse.Namespace) -> Iterator[tuple
         },
     )
 
+    write_formats(list(_documents(args.text)), folder / "formats")
+    yield "formats", run_stage("read_formats", folder, 0)
+
     opened = rows.open_rows(folder / "ours1", "train")
+    assert opened
     with (folder / "ids.bin").open("wb") as file:
         for index in range(len(opened)):
             file.write(opened.source[index]["tokens"].tobytes())

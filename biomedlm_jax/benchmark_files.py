@@ -13,8 +13,11 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from biomedlm_jax.corpus import _chunks
+from biomedlm_jax.corpus import ReadReport
+from biomedlm_jax.corpus.files import chunks
 from biomedlm_jax.errors import UserError
+
+_MAX_BYTES = 1 << 30
 
 _Records = Iterator[tuple[str, Any]]
 
@@ -35,10 +38,21 @@ def records(file: str) -> _Records:
     name = re.split(r"[?#]", file)[0] if "://" in file else file
     extension = re.sub(r"\.(gz|zst)$", "", name.lower()).rpartition(".")[2]
     if extension == "parquet":
-        return _parquet(file, b"".join(_chunks(file)))
+        return _parquet(file, _content(file))
     if extension not in _FORMATS:
         raise UserError(f"{file} is no evaluation set by its name: it must end in .parquet, .{', .'.join(_FORMATS)}")
     return _FORMATS[extension](file, _text(file))
+
+
+def _content(file: str) -> bytes:
+    """All of a file, which is as large as evaluation sets are."""
+    pieces, size = [], 0
+    for chunk in chunks(file, ReadReport()):
+        pieces.append(chunk)
+        size += len(chunk)
+        if size > _MAX_BYTES:
+            raise UserError(f"{file} holds over {_MAX_BYTES >> 20} MiB: it is no evaluation set; leave it out")
+    return b"".join(pieces)
 
 
 def _broken(file: str, line: int, what: object) -> UserError:
@@ -46,7 +60,7 @@ def _broken(file: str, line: int, what: object) -> UserError:
 
 
 def _text(file: str) -> str:
-    data = b"".join(_chunks(file))
+    data = _content(file)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

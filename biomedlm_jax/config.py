@@ -121,7 +121,7 @@ class DataConfig:
     contaminated: Literal["drop", "report"] = "drop"
     """What becomes of training documents that share 13 words in a row with data.benchmark_files."""
     processes: int = 0
-    """Processes that prepare rows on this machine; 0 is one a core where there is enough text. Rows do not depend on it."""
+    """Processes that prepare rows on this machine; 0 is one a core where there is enough text. Changes no row."""
     dir: str = ""
     """Folder of the prepared rows, made when missing; by default 'prepared' inside run.dir."""
     tokenizer: str = ""

@@ -96,7 +96,7 @@ def evaluate(
     config = config_lib.Config(model=load.read_config(path))
     tokenizer = load.load_tokenizer(path)
     report = corpus.ReadReport()
-    held_out = _read_rows(patterns, tokenizer, config.model.n_positions, report, pile_sets)
+    held_out = _read_rows(patterns, tokenizer, config.model.n_positions, report, corpus.Selection(tuple(pile_sets)))
 
     devices = jax.device_count()
     fsdp = math.gcd(devices, config.model.n_embd)
@@ -123,9 +123,9 @@ def evaluate(
     } | report.as_dict()
 
 
-def _read_rows(patterns: list[str], tokenizer: Any, n_positions: int, report: Any, pile_sets: list[str]) -> Any:
+def _read_rows(patterns: list[str], tokenizer: Any, n_positions: int, report: Any, selection: Any) -> Any:
     """The text as rows in memory, the last one padded."""
-    documents = corpus.read_mixed(corpus.expand_globs(patterns), report, pile_sets)
+    documents = corpus.read_mixed(corpus.expand_globs(patterns), report, selection)
     progress = tqdm(documents, desc="encoding", unit=" documents", disable=None)
     packed = list(rows.pack_rows(progress, tokenizer, n_positions))
     report.check(config_lib.DataConfig().max_bad_fraction)

@@ -317,13 +317,13 @@ BROKEN = [
     ("a.tsv", f"{LONG}\tb\nb\n".encode(), ":2: 1 fields, where the first row has 2"),
     ("a.parquet", b"PAR1 and no more", ":1: "),
     ("a.txt", LONG.encode() + b"\n\xff", ":2: not UTF-8"),
-    ("a.jsonl.gz", gzip.compress(LINE * 1000)[:-9], ": the archive is corrupt or truncated"),
+    ("a.jsonl.gz", gzip.compress(LINE * 1000, mtime=0)[:-9], ": the archive is corrupt or truncated"),
     ("a.jsonl", as_lines([{"q": "seven words are too few to find"}]), " has no text of at least 8 words in its 1 "),
     ("a.csv", b"", " has no text of at least 8 words in its 0 records"),
     ("a.json", b"[]", " has no text of at least 8 words in its 0 records"),
     ("a.txt", "一二三四五六七八九十一二三四五六七八九十".encode(), " has no text of at least 8 words in its 1 records"),
     ("LICENSE", LONG.encode(), " is no evaluation set by its name: it must end in .parquet, .jsonl, "),
-    ("a.md.gz", gzip.compress(LONG.encode()), " is no evaluation set by its name"),
+    ("a.md.gz", gzip.compress(LONG.encode(), mtime=0), " is no evaluation set by its name"),
 ]
 
 
@@ -350,7 +350,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
 
 
 def test_a_missing_file_is_no_broken_one(tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match=r"set.parquet does not exist$"):
         list(records(str(tmp_path / "set.parquet")))
 
 

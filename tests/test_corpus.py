@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from biomedlm_jax import corpus
-from biomedlm_jax.corpus import Document, ReadReport, expand_globs, read_documents
+from biomedlm_jax.corpus import Document, ReadReport, Selection, expand_globs, read_documents
 from biomedlm_jax.errors import UserError
 
 ABSTRACTS, CENTRAL = corpus.PUBMED_SETS
@@ -64,7 +64,7 @@ def test_content_tells_the_compression_and_texts_are_exact(tmp_path, archive, na
 @pytest.mark.parametrize("chunk_bytes", [1, 7, 64])
 @pytest.mark.parametrize("archive", ARCHIVES)
 def test_chunks_may_end_anywhere(tmp_path, monkeypatch, archive, chunk_bytes):
-    monkeypatch.setattr(corpus, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(corpus.files, "CHUNK_BYTES", chunk_bytes)
     documents, _ = read(tmp_path / "shard", ARCHIVES[archive])
     assert [document.text for document in documents] == TEXTS
 
@@ -151,8 +151,22 @@ def test_sets_are_chosen(tmp_path):
     path = tmp_path / "shard.jsonl"
     path.write_bytes(pile_line("a") + pile_line("b", "Github"))
     report = ReadReport()
-    assert list(read_documents("pile", [str(path)], report, ["Github"])) == [Document("b", "Github")]
+    assert list(read_documents("pile", [str(path)], report, Selection(pile_sets=("Github",)))) == [
+        Document("b", "Github")
+    ]
     assert report.dropped == {"another set": 1}
+
+
+def test_every_record_with_text_is_kept_if_no_set_is_named(tmp_path):
+    path = tmp_path / "shard.jsonl"
+    path.write_bytes(pile_line("a", "Github") + b'{"body": "b"}\n{"text": "c"}\n{"text": "d", "meta": "e"}\n')
+    report = ReadReport()
+    documents = list(read_documents("pile", [str(path)], report, Selection(pile_sets=())))
+    assert documents == [Document("a", "Github"), Document("c", "json"), Document("d", "json")]
+    assert report.samples == {"wrong type": [f"{path}:2"]}
+    assert [
+        document.text for document in read_documents("pile", [str(path)], report, Selection((), text_field="body"))
+    ] == ["b"]
 
 
 def test_lone_surrogates_are_replaced_and_pairs_are_kept(tmp_path):
@@ -190,7 +204,7 @@ def test_less_than_a_magic_number_is_an_error_or_counted(tmp_path, archive, cut)
 
 
 def test_the_error_names_the_line_and_the_documents_before_it_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "CHUNK_BYTES", 256)
+    monkeypatch.setattr(corpus.files, "CHUNK_BYTES", 256)
     random_texts = [random.Random(i).randbytes(300).hex() for i in range(100)]
     path = tmp_path / "shard.jsonl.gz"
     path.write_bytes(gzip.compress(b"".join(map(pile_line, random_texts)))[:-2000])
@@ -258,8 +272,8 @@ def test_a_truncated_text_archive_is_named(tmp_path):
 
 
 def test_an_unknown_source_is_an_error_at_once():
-    with pytest.raises(UserError, match="parquet"):
-        read_documents("parquet", [], ReadReport())
+    with pytest.raises(UserError, match="'csv' is no format of text files: write one of pile, parquet, pubmed_xml"):
+        read_documents("csv", [], ReadReport())
 
 
 # --- Files -------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).parents[1]
 LAUNCH = REPOSITORY / "launch"
 JOBSETS = ("jobset-a100.yaml", "jobset-tpu-v5p.yaml")
 POD = LAUNCH / "tpu/pod.sh"
-SCRIPTS = ("slurm/train.sbatch", "tpu/pod.sh")
+SCRIPTS = ("slurm/train.sbatch", "slurm/prepare.sbatch", "tpu/pod.sh")
 
 
 def read_yaml(name):
@@ -434,3 +434,36 @@ def test_gcloud_knows_the_options(pod):
         help_text = subprocess.run([gcloud, *words, "--help"], capture_output=True, text=True, check=True).stdout
         known = set(re.findall(r"--[a-z][a-z-]+", re.sub(r"\x1b\[[\d;]*m", "", help_text)))
         assert used - known == set(), words
+
+
+# ---- Ray
+
+
+def test_ray_prepares_on_all_nodes(tmp_path, subprocess_env):
+    """A real cluster of two nodes, though of one machine."""
+    pytest.importorskip("ray", reason="no ray")
+    from ray import cluster_utils
+
+    environment = subprocess_env | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)  # of the workers
+        cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+        cluster.add_node(num_cpus=1)
+    try:
+        folder = tmp_path / "rows"
+        command = [
+            *(sys.executable, str(LAUNCH / "ray/prepare.py"), "--config", str(REPOSITORY / "configs/quickstart.yaml")),
+            *("--data.dir", str(folder), "--data.synthetic_documents", "20001", "--data.processes", "1"),
+        ]
+        environment["RAY_ADDRESS"] = cluster.address
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+        ends = [line for line in done.stderr.splitlines() if ": status " in line]
+        assert done.returncode == 0 and len(ends) == 2 and all(": status 0: " in line for line in ends), done.stderr
+        assert "sharing the work" in done.stdout + done.stderr
+        assert json.loads((folder / "manifest.json").read_text())["splits"]["train"]["documents"] == 20_001
+        mistake = [*command, "--data.tokenizer", "nowhere"]
+        done = subprocess.run(mistake, env=environment, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 2 and "status 2: error: " in done.stderr, done.stderr
+    finally:
+        cluster.shutdown()

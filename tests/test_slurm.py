@@ -13,7 +13,7 @@ import slurm_cluster
 import tiny
 
 from biomedlm_jax import config as config_lib
-from biomedlm_jax import metrics, preparation
+from biomedlm_jax import metrics, preparation, rows
 from biomedlm_jax.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -202,3 +202,38 @@ def test_a_job_that_always_fails_is_given_up(cluster, tmp_path):
     assert job.wait_for_end() == "FAILED"
     assert job["Restarts"] == "5"
     assert "not requeued: 5 tries have failed before" in job.log
+
+
+def test_an_array_of_jobs_prepares_what_one_process_would(cluster, checkout, tmp_path):
+    """Two hosts, one of which loses its job."""
+    changes = {"synthetic_documents": 60_000, "processes": 1}
+    config = tiny.run_config("unused", "", data=changes | {"dir": str(tmp_path / "alone")})
+    preparation.ensure_prepared(config)
+    config_lib.save_config(config, checkout / "prepare.yaml")
+    folder, work = checkout / "shared", checkout / ".shared.partial"
+    script = REPOSITORY / "launch/slurm/prepare.sbatch"
+    job = cluster.run(
+        *("sbatch", "--parsable", f"--chdir={checkout}", "--array=0-1", "--time=10", str(script)),
+        *("--config", "prepare.yaml", "--data.dir", str(folder)),
+    )
+
+    def states():
+        tasks = cluster.run("scontrol", "--oneliner", "show", "job", job).splitlines()
+        return [dict(field.split("=", 1) for field in task.split() if "=" in field)["JobState"] for task in tasks]
+
+    logs = [checkout / f"slurm-{job}_{task}.out" for task in range(2)]
+    deadline = time.monotonic() + 300
+    while not (work / "index-00002.json").exists() or not any(
+        "sharing the work" in log.read_text() for log in logs if log.exists()
+    ):
+        assert time.monotonic() < deadline, [log.read_text() for log in logs if log.exists()]
+        time.sleep(0.1)
+    cluster.run("scancel", f"{job}_1")
+    while set(states()) & {"PENDING", "RUNNING", "COMPLETING"}:
+        assert time.monotonic() < deadline, states()
+        time.sleep(0.5)
+    assert sorted(states()) == ["CANCELLED", "COMPLETED"]
+    assert not work.exists()
+    found, expected = (rows.read_manifest(path) for path in (folder, tmp_path / "alone"))
+    for name in ("splits", "shards", "tokenizer_sha256"):
+        assert found[name] == expected[name]
