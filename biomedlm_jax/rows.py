@@ -183,9 +183,9 @@ def open_rows(folder: Path, split: str) -> Rows | None:
 class _RowFiles(Sequence[dict[str, np.ndarray]]):
     """The rows in ArrayRecord files: one after the other, or many at once, by any thread.
 
-    TFDS's own data source does the same at a third of the speed: it parses each record by what its features say, asks
-    for one record of a file at a time, and reads 32 KiB for each. Ours is right for a record whose ids are its last
-    bytes, as TFDS writes them; whether they are is compared with TFDS on opening.
+    TFDS's own data source takes 2.4 times as long one row after the other, and 3.7 times for many at once: it parses
+    each record by what its features say, starts threads for each call, and reads 32 KiB for each row. Ours is right
+    for a record whose ids are its last bytes, as TFDS writes them; whether they are is compared with TFDS on opening.
     """
 
     def __init__(self, paths: Sequence[Path], lengths: Sequence[int], row_features: Any):
