@@ -135,7 +135,7 @@ class DataConfig:
     """Held-out documents of source: synthetic."""
     reader_threads: int = 4
     """Threads that read rows ahead of the step."""
-    mixture: dict[str, float] = field(default_factory=dict)
+    mixture: dict[str, float] = field(default_factory=dict, hash=False)
     """Folders of prepared rows and their weights: each batch draws from all of them. Replaces data.dir and its text."""
     document_attention: bool = False
     """Attend within a document only, its positions counted from its start; false attends to all of a row before."""

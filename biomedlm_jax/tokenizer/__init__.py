@@ -1,22 +1,20 @@
 """Text to token ids and back, losslessly: SentencePiece trained here, and the published model's byte-level BPE.
 
-python -m biomedlm_jax.tokenizer train --input GLOB... --output DIR | inspect DIR WORD... | export DIR --output DIR
+python -m biomedlm_jax.tokenizer train   --input GLOB... --output DIR [--vocab-size 28896]
+                                 inspect DIR WORD... [--gpt2 DIR] [--data GLOB...]
+                                 export  DIR --output DIR
 """
 
-from biomedlm_jax.tokenizer.export import export_tokenizer
-from biomedlm_jax.tokenizer.models import (
-    EOS,
-    LONE_SURROGATE,
-    ByteLevelTokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-    load_tokenizer,
-)
-from biomedlm_jax.tokenizer.training import TRAINING_BYTES, train_tokenizer
+from biomedlm_jax.tokenizer.base import EOS, LONE_SURROGATE, Tokenizer
+from biomedlm_jax.tokenizer.byte_level import ByteLevelTokenizer
+from biomedlm_jax.tokenizer.folders import export_tokenizer, load_tokenizer
+from biomedlm_jax.tokenizer.sentencepiece_bpe import SentencePieceTokenizer
+from biomedlm_jax.tokenizer.training import PUBLISHED_VOCAB_SIZE, TRAINING_BYTES, train_tokenizer
 
 __all__ = [
     "EOS",
     "LONE_SURROGATE",
+    "PUBLISHED_VOCAB_SIZE",
     "TRAINING_BYTES",
     "ByteLevelTokenizer",
     "SentencePieceTokenizer",

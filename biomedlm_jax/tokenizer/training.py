@@ -1,4 +1,4 @@
-"""Training of SentencePiece BPE, set up to be lossless."""
+"""Trains SentencePiece on text."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from biomedlm_jax.errors import UserError
-from biomedlm_jax.tokenizer.models import EOS, FIRST_LEARNT, PARTS, SPACE, SentencePieceTokenizer, Tokenizer, valid
+from biomedlm_jax.tokenizer.base import EOS, Tokenizer, valid
+from biomedlm_jax.tokenizer.sentencepiece_bpe import FIRST_LEARNT, PARTS, SPACE, SentencePieceTokenizer
 
+PUBLISHED_VOCAB_SIZE = 28_896  # https://huggingface.co/stanford-crfm/BioMedLM
 # Text to train on: a minute, and 1.4 GB of memory.
 TRAINING_BYTES = 400_000_000
 # Training drops a sentence that holds NUL or U+2585.
