@@ -132,7 +132,12 @@ def _run_in_processes(
     executor = concurrent.futures.ProcessPoolExecutor(processes, context, _start_worker, (counter,))
     seen = 0
     try:
-        pending = {executor.submit(_attempt_in_worker, task, wait): task for task in tasks}
+        # Ctrl-C reaches the whole group, and this process ends the others: they are started deaf to it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            pending = {executor.submit(_attempt_in_worker, task, wait): task for task in tasks}
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         while pending:
             done, _ = concurrent.futures.wait(pending, timeout=0.2, return_when=concurrent.futures.FIRST_COMPLETED)
             progress.advance(counter.value - seen)
@@ -160,8 +165,6 @@ def _run_in_processes(
 def _start_worker(counter: Any) -> None:
     global _counter
     _counter = counter
-    # Ctrl-C reaches the whole group, and the first process ends the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
