@@ -10,6 +10,7 @@ import types
 import jax
 import pytest
 import tiny
+from jax.experimental.compilation_cache import compilation_cache
 
 from biomedlm_jax import hlo, model, sharding, targets
 from biomedlm_jax.config import MeshConfig
@@ -127,10 +128,12 @@ def compiled():
     mesh = sharding.make_mesh(config.mesh)
     enabled = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # other tests in this process may have used it
     try:
         return compiled_lib.compile_on(config, targets.Target(A100, (1, 8)), mesh)
     finally:
         jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 def test_memory_by_parts(compiled):

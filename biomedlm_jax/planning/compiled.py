@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
 
 from biomedlm_jax import hlo, sharding, step
 from biomedlm_jax.config import Config
@@ -86,6 +87,7 @@ def compile_step(config: Config, target: Target) -> CompiledStep:
     check(config, target)
     # What was compiled before must not stand in for the compiler: it leaves no dump.
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # a process that has used it would go on to
     mesh = sharding.make_mesh(config.mesh, target.devices())
     sharding.check_divisible(config, mesh)
     return compile_on(config, target, mesh)
