@@ -5,7 +5,7 @@ from typing import Any
 
 CARD_FILE = "README.md"
 FIGURE_FILE = "document_lengths.png"
-# Input files that the card lists; the manifest has them all.
+# Input files that the card lists.
 _MAX_FILES = 30
 
 _FORMATS = {
