@@ -18,6 +18,12 @@ def replace_file(path: str | Path, content: bytes) -> None:
     partial.replace(path)
 
 
+def refuse_mount(path: Path) -> None:
+    """Raises: UserError: a folder is a mount point, which a complete one cannot replace."""
+    if path.is_mount():
+        raise UserError(f"{path} is a mount point, which cannot be replaced when all is written: choose a folder in it")
+
+
 @contextlib.contextmanager
 def complete_folder(path: str | Path) -> Iterator[Path]:
     """An empty folder to write to, which becomes `path` at the end, or vanishes on an error.
@@ -29,8 +35,7 @@ def complete_folder(path: str | Path) -> Iterator[Path]:
       UserError: `path` is a mount point, which cannot be replaced.
     """
     path = Path(os.path.abspath(path))
-    if path.is_mount():
-        raise UserError(f"{path} is a mount point, which cannot be replaced when all is written: choose a folder in it")
+    refuse_mount(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
@@ -42,11 +47,15 @@ def complete_folder(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def try_lock(path: Path, wait: bool, shared: bool = False) -> Iterator[bool]:
-    """Holds a lock file, as `lock` does; gives false at once if another process holds it and `wait` is false.
+    """Holds a lock file, which the system frees if the process dies.
+
+    Gives false at once if another process holds it and `wait` is false.
 
     Args:
+      path: the file; it stays when the lock is given back.
       shared: several processes may hold it that all ask for a shared lock.
     """
+    # NFS wants a file that is open for writing.
     with path.open("a") as file:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
@@ -58,17 +67,15 @@ def try_lock(path: Path, wait: bool, shared: bool = False) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def lock(path: Path, when_taken: Callable[[], None]) -> Iterator[None]:
-    """Holds a lock file, which the system frees if the process dies.
+    """Holds a lock file, as `try_lock` does.
 
     Args:
-      path: the file; it stays when the lock is given back.
       when_taken: called if another process holds it, before waiting for that; may raise instead.
     """
-    # NFS wants a file that is open for writing.
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            when_taken()
-            fcntl.flock(file, fcntl.LOCK_EX)
+    with try_lock(path, wait=False) as held:
+        if held:
+            yield
+            return
+    when_taken()
+    with try_lock(path, wait=True):
         yield

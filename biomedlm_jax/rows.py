@@ -30,6 +30,7 @@ from tensorflow_datasets.core import example_serializer, naming
 from biomedlm_jax.corpus import Document
 from biomedlm_jax.errors import UserError, reason
 from biomedlm_jax.tokenizer import Tokenizer
+from biomedlm_jax.tokenizer.base import id_code
 
 logger = logging.getLogger(__name__)
 
@@ -92,13 +93,14 @@ class Rows:
                 logger.warning("rows: cannot see whether %s has changed: %s", path, reason(error))
                 continue
             else:
+                if found == opened:
+                    continue
                 change = f"was {opened[0]:,} bytes and is {found[0]:,}" if found[0] != opened[0] else "was written"
-            if change == "is gone" or found != opened:
-                raise UserError(
-                    f"{path} {change} since this run began to read the rows of {self.folder}: what it learnt since its "
-                    "last checkpoint is not saved. Earlier checkpoints stay: put the rows back, and the same command "
-                    "goes on from the last one"
-                )
+            raise UserError(
+                f"{path} {change} since this run began to read the rows of {self.folder}: what it learnt since its "
+                "last checkpoint is not saved. Earlier checkpoints stay: put the rows back, and the same command "
+                "goes on from the last one"
+            )
 
 
 def _state(path: Path) -> tuple[int, int]:
@@ -115,17 +117,22 @@ def pack_rows(documents: Iterable[Document], tokenizer: Tokenizer, n_positions: 
     pending = np.empty(0, row_dtype(tokenizer.vocab_size))
     documents = iter(documents)
     while texts := [document.text for document in itertools.islice(documents, _DOCUMENTS_PER_ENCODE)]:
-        pending = np.concatenate([pending, tokenizer.encode_array(texts)])
-        whole = len(pending) // n_positions * n_positions
-        yield from pending[:whole].reshape(-1, n_positions)
-        pending = pending[whole:]
+        whole, pending = _cut(pending, tokenizer.encode_array(texts), n_positions)
+        yield from whole
     if len(pending):
         yield pending
 
 
+def _cut(before: np.ndarray, ids: np.ndarray, n_positions: int) -> tuple[np.ndarray, np.ndarray]:
+    """The whole rows of ids and those before them, [rows, n_positions], and the ids that are left."""
+    ids = np.concatenate([before, ids])
+    end = len(ids) // n_positions * n_positions
+    return ids[:end].reshape(-1, n_positions), ids[end:]
+
+
 def row_dtype(vocab_size: int) -> type[np.unsignedinteger]:
     """The smallest type that holds every id."""
-    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+    return np.dtype(id_code(vocab_size)).type
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -266,12 +273,10 @@ class RowWriter:
 
     def write(self, ids: np.ndarray) -> None:
         """Appends ids, of which whole rows are written."""
-        ids = np.concatenate([self._pending, ids])
-        whole = len(ids) // self._n_positions * self._n_positions
-        self._pending = ids[whole:]
-        self._digest.update(ids[:whole].tobytes())
+        whole, self._pending = _cut(self._pending, ids, self._n_positions)
+        self._digest.update(whole.tobytes())
         with _full_disk_named(self._path):
-            for row in ids[:whole].reshape(-1, self._n_positions):
+            for row in whole:
                 # One row a group: rows are read in random order.
                 self._writer = self._writer or array_record_module.ArrayRecordWriter(str(self._partial), "group_size:1")
                 self._writer.write(self._serializer.serialize_example(self._features.encode_example({"tokens": row})))

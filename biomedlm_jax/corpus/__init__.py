@@ -85,9 +85,7 @@ def _source(file: str) -> str:
     if name.endswith(".parquet"):
         return "parquet"
     content = _files.chunks(file, ReadReport())
-    head = b""
-    while len(head) < 1 << 16 and (chunk := next(content, b"")):
-        head += chunk
+    head = _files.head(content, 1 << 16)
     if head.startswith(b"PAR1"):
         return "parquet"
     if jats.is_tar(head):

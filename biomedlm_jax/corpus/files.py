@@ -263,6 +263,14 @@ def _decompressed(file: str, raw: RawFile, progress: Progress) -> Iterator[bytes
         raise EOFError("it ends before its last block")
 
 
+def head(content: Iterator[bytes], size: int) -> bytes:
+    """The first `size` bytes or more of content, which is taken from it; fewer if there are no more."""
+    taken = b""
+    while len(taken) < size and (chunk := next(content, b"")):
+        taken += chunk
+    return taken
+
+
 def lines(content: Iterator[bytes]) -> Iterator[bytes | None]:
     """Lines without their newline, in time linear in a line's length; None for one over `MAX_RECORD_BYTES`."""
     pieces: list[bytes] = []

@@ -34,7 +34,7 @@ def read(file: str, report: ReadReport, selection: Selection) -> Iterator[Docume
       UserError: the file cannot be read, or is a broken archive.
     """
     content = files.chunks(file, report)
-    head = _head(content)
+    head = files.head(content, tarfile.BLOCKSIZE)
     if is_tar(head):
         yield from _read_tar(file, _Stream(head, content), report, selection)
         return
@@ -48,13 +48,6 @@ def read(file: str, report: ReadReport, selection: Selection) -> Iterator[Docume
 def is_tar(head: bytes) -> bool:
     """Whether content that begins so is a tar archive."""
     return head[257:262] == b"ustar"
-
-
-def _head(content: Iterator[bytes]) -> bytes:
-    head = b""
-    while len(head) < tarfile.BLOCKSIZE and (chunk := next(content, b"")):
-        head += chunk
-    return head
 
 
 def _joined(head: bytes, content: Iterator[bytes]) -> bytes | None:
@@ -167,9 +160,8 @@ def _document(data: bytes, file: str, place: str, report: ReadReport, selection:
         for element in (meta if meta is not None else ())
         if xml_text.name(element) == "article-id" and element.get("pub-id-type") == "pmid"
     ]
-    pmid = int(pmids[0]) if pmids and pmids[0].isascii() and pmids[0].isdecimal() and len(pmids[0]) <= 18 else 0
     text = "\n\n".join(part for part in parts if part)
-    return report.keep(text, "PubMed Central", file, place, pmid)
+    return report.keep(text, "PubMed Central", file, place, xml_text.number(pmids[0] if pmids else None))
 
 
 def _child(element: ET.Element | None, name: str) -> ET.Element | None:

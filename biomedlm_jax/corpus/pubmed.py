@@ -37,7 +37,7 @@ def read(file: str, report: ReadReport, selection: Selection) -> Iterator[Docume
             report.drop("malformed XML", file, line)
             continue
         if kind == b"DeleteCitation":
-            report.deleted += [number for pmid in record.iter("PMID") if (number := _number(pmid.text))]
+            report.deleted += [number for pmid in record.iter("PMID") if (number := xml_text.number(pmid.text))]
         elif kind == b"PubmedBookArticle":
             report.drop("no article", file, line)
         else:
@@ -50,7 +50,7 @@ def _document(record: ET.Element, file: str, line: int, report: ReadReport, sele
     citation = record.find("MedlineCitation")
     pmid = citation.find("PMID") if citation is not None else None
     article = citation.find("Article") if citation is not None else None
-    number = _number(pmid.text) if pmid is not None else 0
+    number = xml_text.number(pmid.text) if pmid is not None else 0
     if pmid is None or article is None or not number:
         return report.drop("wrong type", file, line)
     place = f"{line} (PMID {number})"
@@ -64,7 +64,7 @@ def _document(record: ET.Element, file: str, line: int, report: ReadReport, sele
     if not abstract:
         return report.drop("no abstract", file, place)
     text = f"{title}\n{abstract}" if title else abstract
-    return report.keep(text, "PubMed Abstracts", file, place, number, _number(pmid.get("Version")) or 1)
+    return report.keep(text, "PubMed Abstracts", file, place, number, xml_text.number(pmid.get("Version")) or 1)
 
 
 def _section(element: ET.Element) -> str:
@@ -72,18 +72,10 @@ def _section(element: ET.Element) -> str:
     return f"{label}: {text}" if text and label and label != "UNLABELLED" else text
 
 
-def _number(text: str | None) -> int:
-    """A number that an int64 holds; 0 if it is none."""
-    text = (text or "").strip()
-    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else 0
-
-
 def _records(file: str, report: ReadReport) -> Iterator[tuple[int, bytes, bytes | None]]:
     """The line, the kind and the bytes of each record; None for the bytes of one over `files.MAX_RECORD_BYTES`."""
     content = files.chunks(file, report)
-    buffer = next(content, b"")
-    while len(buffer) < 1 << 16 and (more := next(content, b"")):
-        buffer += more
+    buffer = files.head(content, 1 << 16)
     if not re.search(rb"<PubmedArticleSet|<DeleteCitation", buffer):
         raise UserError(f"{files.shown(file)} is no PubMed XML: there is no <PubmedArticleSet> in it")
     line, ended = 1, False

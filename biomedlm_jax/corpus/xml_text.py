@@ -75,6 +75,12 @@ def text(element: ET.Element | None, leave_out: Set[str] = frozenset()) -> str:
     return " ".join("".join(parts).split())
 
 
+def number(text: str | None) -> int:
+    """A number that an int64 holds; 0 if it is none."""
+    text = (text or "").strip()
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else 0
+
+
 def name(element: ET.Element) -> str:
     """The name of an element, without its namespace; empty for comments and processing instructions."""
     return _NAMESPACE.sub("", element.tag) if isinstance(element.tag, str) else ""

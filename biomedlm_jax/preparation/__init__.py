@@ -19,11 +19,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from biomedlm_jax import contamination, corpus
+from biomedlm_jax import corpus
 from biomedlm_jax.config import Config, as_paths
 from biomedlm_jax.corpus import BROKEN
 from biomedlm_jax.errors import UserError
-from biomedlm_jax.files import replace_file, try_lock
+from biomedlm_jax.files import refuse_mount, replace_file, try_lock
 from biomedlm_jax.preparation import choice, finish, shards, tasks
 from biomedlm_jax.preparation.shards import Shard
 from biomedlm_jax.preparation.tasks import Task
@@ -62,10 +62,7 @@ def ensure_prepared(config: Config) -> None:
         with contextlib.suppress(OSError):
             _remove_work(work, lock_file)
         return
-    if folder.is_mount():
-        raise UserError(
-            f"{folder} is a mount point, which cannot be replaced when all is written: choose a folder in it"
-        )
+    refuse_mount(folder)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} exists and holds no prepared rows (no {MANIFEST_FILE}): choose another data.dir")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -157,12 +154,12 @@ def check_manifest(config: Config, manifest: dict[str, Any], folder: Path) -> No
 
 def _prepare(config: Config, work: Path, folder: Path) -> None:
     data = config.data
-    inputs = shards.input_shards(data)
+    benchmark_files = tuple(corpus.expand_globs(as_paths(data.benchmark_files)))
+    inputs = shards.input_shards(data, benchmark_files)
     _check_tokenizer(config)
 
     # ---- 1: index
-    benchmark_files = tuple(corpus.expand_globs(as_paths(data.benchmark_files)))
-    benchmarks = contamination.read_benchmarks(benchmark_files) if benchmark_files else None
+    benchmarks = shards.read_benchmarks(benchmark_files) if benchmark_files else None
     fingerprint = benchmarks.fingerprint if benchmarks else ""
     index_tasks = [
         Task(
@@ -231,16 +228,17 @@ def _check_text(config: Config, inputs: list[Shard], read: list[dict[str, Any]])
     data = config.data
     for split in shards.SPLITS:
         results = [result for shard, result in zip(inputs, read, strict=True) if shard.split == split]
-        finish.total_report(results).check(data.max_bad_fraction)
+        report = finish.total_report(results)
+        report.check(data.max_bad_fraction)
         for shard, result in zip(inputs, read, strict=True):
             if shard.split == split and result["bad_fraction"] > data.max_bad_fraction:
                 broken = {name: count for name, count in result["dropped"].items() if name in BROKEN}
                 logger.warning("rows: %.1f%% of %s is broken: %s", 100 * result["bad_fraction"], shard.files[0], broken)
-        if results and data.source != "synthetic" and not any(result["documents"] for result in results):
+        if results and data.source != "synthetic" and not report.documents:
             first = next(shard for shard in inputs if shard.split == split).files[0]
             text = "text" if split == "train" else "text to evaluate on"
             sets = f"; data.pile_sets is {list(data.pile_sets)}" if data.source in ("pile", "parquet") else ""
-            dropped = dict(finish.total_report(results).dropped)
+            dropped = dict(report.dropped)
             raise UserError(f"no {text} in data.{split}_files ({first}, ...): left out are {dropped}{sets}")
 
 

@@ -99,13 +99,14 @@ def _resolve_versions(indexes: Indexes, shard_of: np.ndarray, choice: np.ndarray
 
     NLM numbers its files, so their names tell which is earlier, whatever folders they lie in.
     """
-    names = [(PurePath(shard.files[0]).name, shard.number) for shard in indexes.shards]
-    rank = np.argsort(np.argsort(np.array([f"{name}\0{number:09}" for name, number in names])))[shard_of]
+    names = [f"{PurePath(shard.files[0]).name}\0{shard.number:09}" for shard in indexes.shards]
+    order_of_files = np.argsort(np.array(names))
+    ranks = np.argsort(order_of_files)
+    rank = ranks[shard_of]
     pmid, version = indexes.entries["pmid"], indexes.entries["version"]
 
     last_deletion: dict[int, int] = {}
-    ranks = np.argsort(np.argsort(np.array([f"{name}\0{number:09}" for name, number in names])))
-    for number in np.argsort(ranks):
+    for number in order_of_files:
         for deleted in indexes.results[number]["deleted"]:
             last_deletion[deleted] = int(ranks[number])
     if last_deletion:

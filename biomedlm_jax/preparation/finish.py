@@ -22,7 +22,7 @@ from biomedlm_jax.errors import UserError
 from biomedlm_jax.preparation import card
 from biomedlm_jax.preparation.shards import SPLITS, Shard
 from biomedlm_jax.rows import FORMAT, MANIFEST_FILE, RowWriter, features, file_template, row_dtype
-from biomedlm_jax.tokenizer import load_tokenizer
+from biomedlm_jax.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -63,60 +63,14 @@ def finish(made: Prepared, work: Path, folder: Path) -> None:
     tokenizer.save(folder / "tokenizer")
     rows_folder = folder / "rows"
     rows_folder.mkdir()
-    n_positions = made.config.model.n_positions
     splits, infos = {}, []
     for split in SPLITS:
-        parts = [result[split] for result in made.encoded]
-        paths = [work / f"rows-{shard}.{split}" for shard in made.shards]
-        ends = work / f"ends.{split}"
-        part, left_over, padding = _join_ends(made, split, ends, tokenizer.vocab_size, tokenizer.eos_id)
-        parts, paths = [*parts, part], [*paths, ends]
-        filled = [(part, path) for part, path in zip(parts, paths, strict=True) if part["rows"]]
-        template = file_template(rows_folder, split)
-        names = template.sharded_filepaths(len(filled)) if filled else []
-        for (_, path), name in zip(filled, names, strict=True):
-            _link(path, Path(str(name)))
-        infos.append(
-            tfds.core.SplitInfo(
-                name=split,
-                shard_lengths=[part["rows"] for part, _ in filled],
-                num_bytes=sum(part["row_bytes"] for part, _ in filled),
-                filename_template=template,
-            )
-        )
-        rows = sum(part["rows"] for part, _ in filled)
-        splits[split] = {
-            "documents": sum(_count(result[split], "documents") for result in made.encoded),
-            "bytes": sum(_count(result[split], "bytes") for result in made.encoded),
-            "rows": rows,
-            "tokens": rows * n_positions - padding,
-            "tokens_left_over": left_over,
-            "sha256": hashlib.sha256("".join(part["sha256"] for part, _ in filled).encode()).hexdigest(),
-            "sources": _total_sources([result[split]["sources"] for result in made.encoded]),
-            # Documents of 0, 1, 2 to 3, 4 to 7, ... tokens.
-            "document_lengths": np.trim_zeros(
-                np.sum([result[split]["lengths"] for result in made.encoded], axis=0), "b"
-            ).tolist(),
-            "files": [
-                {
-                    "name": Path(str(name)).name,
-                    "rows": part["rows"],
-                    "bytes": part["file_bytes"],
-                    "sha256": part["sha256"],
-                }
-                for (part, _), name in zip(filled, names, strict=True)
-            ],
-        }
-        if made.config.data.source == "synthetic":
-            splits[split]["entropy_nats"] = sum(
-                result["entropy_nats"]
-                for shard, result in zip(made.shards, made.read, strict=True)
-                if shard.split == split
-            )
+        splits[split], info = _finish_split(made, split, work, rows_folder, tokenizer)
+        infos.append(info)
     _check_rows(made, splits)
     tfds.folder_dataset.write_metadata(
         data_dir=str(rows_folder),
-        features=features(n_positions, tokenizer.vocab_size),
+        features=features(made.config.model.n_positions, tokenizer.vocab_size),
         check_data=False,
         split_infos=[info for info in infos if info.shard_lengths],
     )
@@ -124,7 +78,7 @@ def finish(made: Prepared, work: Path, folder: Path) -> None:
         "format": FORMAT,
         "command": shlex.join(["python", "-m", _module(), *sys.argv[1:]]),
         "settings": made.settings,
-        "n_positions": n_positions,
+        "n_positions": made.config.model.n_positions,
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
         "tokenizer_sha256": tokenizer.fingerprint,
@@ -137,6 +91,48 @@ def finish(made: Prepared, work: Path, folder: Path) -> None:
     }
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n")
     card.write(manifest, folder)
+
+
+def _finish_split(
+    made: Prepared, split: str, work: Path, rows_folder: Path, tokenizer: Tokenizer
+) -> tuple[dict[str, Any], tfds.core.SplitInfo]:
+    """Puts the files of a split under TFDS's names; what the manifest and TFDS say of it."""
+    parts = [result[split] for result in made.encoded]
+    ends = work / f"ends.{split}"
+    joined, left_over, padding = _join_ends(made, split, ends, tokenizer.vocab_size, tokenizer.eos_id)
+    paths = [*(work / f"rows-{shard}.{split}" for shard in made.shards), ends]
+    filled = [(part, path) for part, path in zip([*parts, joined], paths, strict=True) if part["rows"]]
+    template = file_template(rows_folder, split)
+    names = template.sharded_filepaths(len(filled)) if filled else []
+    for (_, path), name in zip(filled, names, strict=True):
+        _link(path, Path(str(name)))
+    info = tfds.core.SplitInfo(
+        name=split,
+        shard_lengths=[part["rows"] for part, _ in filled],
+        num_bytes=sum(part["row_bytes"] for part, _ in filled),
+        filename_template=template,
+    )
+    rows = sum(info.shard_lengths)
+    counts = {
+        "documents": sum(_count(part, "documents") for part in parts),
+        "bytes": sum(_count(part, "bytes") for part in parts),
+        "rows": rows,
+        "tokens": rows * made.config.model.n_positions - padding,
+        "tokens_left_over": left_over,
+        "sha256": hashlib.sha256("".join(part["sha256"] for part, _ in filled).encode()).hexdigest(),
+        "sources": _total_sources([part["sources"] for part in parts]),
+        # Documents of 0, 1, 2 to 3, 4 to 7, ... tokens.
+        "document_lengths": np.trim_zeros(np.sum([part["lengths"] for part in parts], axis=0), "b").tolist(),
+        "files": [
+            {"name": Path(str(name)).name, "rows": part["rows"], "bytes": part["file_bytes"], "sha256": part["sha256"]}
+            for (part, _), name in zip(filled, names, strict=True)
+        ],
+    }
+    if made.config.data.source == "synthetic":
+        counts["entropy_nats"] = sum(
+            result["entropy_nats"] for shard, result in zip(made.shards, made.read, strict=True) if shard.split == split
+        )
+    return counts, info
 
 
 def _module() -> str:

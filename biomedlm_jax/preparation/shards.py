@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 import hashlib
+import io
 import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from biomedlm_jax import contamination, corpus, synthetic
 from biomedlm_jax.config import DataConfig, as_paths
 from biomedlm_jax.corpus import Document, ReadReport, Selection
 from biomedlm_jax.errors import UserError
+from biomedlm_jax.files import replace_file
 from biomedlm_jax.preparation import tasks
 from biomedlm_jax.preparation.tasks import Advance
 from biomedlm_jax.rows import RowWriter
@@ -81,7 +83,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def input_shards(data: DataConfig) -> list[Shard]:
+def input_shards(data: DataConfig, benchmark_files: Sequence[str]) -> list[Shard]:
     """The input that a configuration names, training text first.
 
     Raises:
@@ -109,12 +111,12 @@ def input_shards(data: DataConfig) -> list[Shard]:
             for number, (split, start, stop) in enumerate(ranges)
         ]
     files = {split: corpus.expand_globs(as_paths(getattr(data, f"{split}_files"))) for split in SPLITS}
-    benchmarks = corpus.expand_globs(as_paths(data.benchmark_files))
-    for name, others in (("eval", files["eval"]), ("benchmark", benchmarks)):
+    for name, others in (("eval", files["eval"]), ("benchmark", benchmark_files)):
         if twice := sorted(set(files["train"]) & set(others)):
             raise UserError(f"{corpus.shown(twice[0])} is in data.train_files and in data.{name}_files")
     selection = Selection(tuple(data.pile_sets), data.text_field, tuple(data.languages))
-    groups = [(split, group) for split in SPLITS for group in _groups(data.source, files[split])]
+    sizes = {file: corpus.file_size(file) for split in SPLITS for file in files[split]}
+    groups = [(split, group) for split in SPLITS for group in _groups(data.source, files[split], sizes)]
     return [
         Shard(
             number,
@@ -122,26 +124,25 @@ def input_shards(data: DataConfig) -> list[Shard]:
             data.source,
             tuple(group),
             tuple(map(corpus.file_identity, group)),
-            sum(map(corpus.file_size, group)),
+            sum(map(sizes.__getitem__, group)),
             selection,
         )
         for number, (split, group) in enumerate(groups)
     ]
 
 
-def _groups(source: str, files: Sequence[str]) -> Iterator[list[str]]:
+def _groups(source: str, files: Sequence[str], sizes: Mapping[str, int]) -> Iterator[list[str]]:
     if source not in _SINGLE_DOCUMENT_SOURCES:
         yield from ([file] for file in files)
         return
     group: list[str] = []
     size = 0
     for file in files:
-        file_size = corpus.file_size(file)
-        if group and size + file_size > _SHARD_BYTES:
+        if group and size + sizes[file] > _SHARD_BYTES:
             yield group
             group, size = [], 0
         group.append(file)
-        size += file_size
+        size += sizes[file]
     if group:
         yield group
 
@@ -176,7 +177,7 @@ def index(shard: Shard, benchmark_files: tuple[str, ...], folder: Path, advance:
       documents that share words with benchmarks, each with the numbers of the texts; 'entropy_nats' of synthetic text.
     """
     report = ReadReport()
-    benchmarks = _benchmarks(benchmark_files) if benchmark_files and shard.split == "train" else None
+    benchmarks = read_benchmarks(benchmark_files) if benchmark_files and shard.split == "train" else None
     entries: list[tuple[int, int, int, int, bool]] = []
     file_documents: Counter[int] = Counter()
     contaminated: list[tuple[int, list[int]]] = []
@@ -202,8 +203,13 @@ def index(shard: Shard, benchmark_files: tuple[str, ...], folder: Path, advance:
     return result
 
 
+def read_benchmarks(files: tuple[str, ...]) -> contamination.Benchmarks:
+    """`contamination.read_benchmarks`, once a process, unless a file has changed."""
+    return _read_benchmarks(files, tuple(map(corpus.file_identity, files)))
+
+
 @functools.lru_cache(1)
-def _benchmarks(files: tuple[str, ...]) -> contamination.Benchmarks:
+def _read_benchmarks(files: tuple[str, ...], identities: tuple[str, ...]) -> contamination.Benchmarks:
     return contamination.read_benchmarks(files)
 
 
@@ -214,15 +220,9 @@ def load_index(shard: Shard, folder: Path) -> np.ndarray:
 
 def save_array(path: Path, array: np.ndarray) -> None:
     """Writes an array that is complete when it is there."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        np.save(file, array)
-    partial.replace(path)
-
-
-def _kept(shard: Shard, folder: Path, split: int, advance: Advance) -> Iterator[Document]:
-    """The documents of one split."""
-    return (document for number, document in _chosen(shard, folder, advance) if number == split)
+    content = io.BytesIO()
+    np.save(content, array)
+    replace_file(path, content.getvalue())
 
 
 def _chosen(shard: Shard, folder: Path, advance: Advance) -> Iterator[tuple[int, Document]]:
@@ -252,8 +252,8 @@ def sample(shard: Shard, folder: Path, abstracts_only: bool, fraction: float, ad
     path = folder / f"sample-{shard}.jsonl"
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with partial.open("w") as file:
-        for document in _kept(shard, folder, SPLITS.index("train"), advance):
-            if abstracts_only and document.source not in _ABSTRACTS:
+        for choice, document in _chosen(shard, folder, advance):
+            if choice != SPLITS.index("train") or (abstracts_only and document.source not in _ABSTRACTS):
                 continue
             # Other bits than those that hold documents out.
             if text_hash(document.text.encode()) % (1 << 32) < fraction * (1 << 32):
@@ -300,7 +300,6 @@ def encode(shard: Shard, folder: Path, tokenizer_folder: Path, n_positions: int,
 
 @functools.lru_cache(1)
 def _worker_tokenizer(folder: Path) -> Any:
-    # The same in each process of many: threads of its own would be in the others' way.
     return load_tokenizer(folder)
 
 

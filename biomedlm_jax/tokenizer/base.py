@@ -88,8 +88,8 @@ class Tokenizer(ABC):
 
     @property
     def _array_code(self) -> str:
-        """Of the smallest unsigned integer that holds every id, to `array` and NumPy."""
-        return "H" if self.vocab_size <= 1 << 16 else "I"
+        """`id_code` of this vocabulary."""
+        return id_code(self.vocab_size)
 
     def _encode_words(self, words: Sequence[str], threads: int) -> list[list[int]]:
         """`encode` of each of what `_words` finds."""
@@ -141,6 +141,11 @@ class Tokenizer(ABC):
     def save(self, directory: str | Path) -> None:
         """Writes the files that `load_tokenizer` reads."""
         write_files(directory, self.files)
+
+
+def id_code(vocab_size: int) -> str:
+    """The smallest unsigned integer that holds every id, as `array` and NumPy name it."""
+    return "H" if vocab_size <= 1 << 16 else "I"
 
 
 def valid(text: str) -> str:
