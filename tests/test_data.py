@@ -99,7 +99,7 @@ def test_the_same_batch_for_any_number_of_processes(rows):
         here = len(devices) // processes
         parts = [OneProcess(batch_sharding, devices[i * here : (i + 1) * here]) for i in range(processes)]
         local = [data._local_rows(part, (16, 4)) for part in parts]
-        assert [len(rows) for rows in local] == [16 // processes] * processes
+        assert [len(part) for part in local] == [16 // processes] * processes
         readers = [data.step_reader(rows, 3, 16, part) for part in local]
         return [np.concatenate([reader(step) for reader in readers]) for step in steps]
 

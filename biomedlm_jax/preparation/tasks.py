@@ -140,8 +140,10 @@ def _run_in_processes(
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         while pending:
             done, _ = concurrent.futures.wait(pending, timeout=0.2, return_when=concurrent.futures.FIRST_COMPLETED)
-            progress.advance(counter.value - seen)
-            seen = counter.value
+            # Without its lock, which a process that was killed may hold for ever.
+            total = counter.get_obj().value
+            progress.advance(total - seen)
+            seen = total
             for future in done:
                 task = pending.pop(future)
                 try:
