@@ -103,7 +103,7 @@ class DataConfig:
 
     source: Literal["synthetic", "pile", "parquet", "pubmed_xml", "jats_xml", "text"] = "synthetic"
     """Format of the text: the bundled generator, The Pile's JSON lines, Parquet with a text column, NLM's PubMed XML,
-    PubMed Central's JATS XML (files or tar archives), or plain text files; each plain, gzip or zstd."""
+    PubMed Central's JATS XML (files or tar archives), or plain text files; all but Parquet also under gzip or zstd."""
     train_files: Paths = ()
     """Paths, globs or URLs (gs://, s3://, https://) of training text."""
     eval_files: Paths = ()
@@ -119,7 +119,8 @@ class DataConfig:
     benchmark_files: Paths = ()
     """Paths, globs or URLs of the questions of downstream tasks, looked for in the training text."""
     contaminated: Literal["drop", "report"] = "drop"
-    """What becomes of training documents that share 13 words in a row with data.benchmark_files."""
+    """What becomes of training documents that share 13 words in a row with data.benchmark_files, or all words of a text
+    of 8 to 12."""
     processes: int = 0
     """Processes that prepare rows on this machine; 0 is one a core where there is enough text. Changes no row."""
     dir: str = ""
@@ -145,6 +146,11 @@ class DataConfig:
             _require(
                 bool(as_paths(self.train_files)) or bool(self.dir) or bool(self.mixture),
                 f"data.source {self.source} needs data.train_files, or data.dir of rows prepared before",
+            )
+        for code in self.languages:
+            _require(
+                re.fullmatch("[a-z]{3}", code) is not None,
+                f"data.languages has NLM's codes of three letters, such as eng and ger, not {code}",
             )
         _require(0 <= self.eval_fraction < 1, f"data.eval_fraction must be in [0, 1), not {self.eval_fraction}")
         if self.eval_fraction:

@@ -1,8 +1,10 @@
 """Readers of raw text: what is kept, what is counted, and what breaks."""
 
+import bz2
 import gzip
 import itertools
 import json
+import lzma
 import random
 from collections import Counter
 from pathlib import Path
@@ -305,6 +307,53 @@ def test_a_glob_without_files_is_named_with_the_folder(tmp_path, monkeypatch, pa
     with pytest.raises(UserError, match=missing) as error:
         expand_globs(patterns)
     assert "folder" in str(error.value)
+
+
+def test_each_file_is_read_once_whatever_its_names(tmp_path, monkeypatch):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/b.txt").touch()
+    (tmp_path / "deep/loop").symlink_to(tmp_path)
+    (tmp_path / "a.txt").symlink_to("deep/b.txt")
+    monkeypatch.chdir(tmp_path)
+    assert expand_globs(["a.txt", "deep/b.txt", "./a.txt", str(tmp_path / "a.txt")]) == ["a.txt"]
+    assert expand_globs(["**/b.txt", "**/*.txt"]) == ["a.txt"]
+
+
+def test_a_link_to_nothing_is_an_error(tmp_path):
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "b.txt").symlink_to("gone")
+    with pytest.raises(
+        UserError, match=r"b.txt, which .*\*.txt' matches, is no file \(perhaps a link to one that is gone"
+    ):
+        expand_globs([str(tmp_path / "*.txt")])
+
+
+@pytest.mark.parametrize(
+    "kind, data",
+    [
+        ("xz", lzma.compress(b"text")),
+        ("bzip2", bz2.compress(b"text")),
+        ("zip", b"PK\3\4\x14\0\0\0"),
+        ("lz4", b"\x04\x22\x4d\x18\x64\x40"),
+    ],
+)
+@pytest.mark.parametrize("source", ["pile", "text", "pubmed_xml", "jats_xml"])
+def test_other_archives_are_named(tmp_path, source, kind, data):
+    path = tmp_path / "a"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=rf"a is a {kind} archive, which is not read: unpack it"):
+        list(read_documents(source, [str(path)], ReadReport()))
+
+
+@pytest.mark.parametrize("chunk_bytes", [5, 1 << 17])
+def test_zeros_behind_a_gzip_archive_are_passed_over(tmp_path, monkeypatch, chunk_bytes):
+    monkeypatch.setattr(corpus.files, "CHUNK_BYTES", chunk_bytes)
+    path = tmp_path / "a.gz"
+    path.write_bytes(gzip.compress(b"one ") + bytes(1000) + gzip.compress(b"two") + bytes(300_000))
+    assert [document.text for document in read_documents("text", [str(path)], ReadReport())] == ["one two"]
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(UserError, match="the archive is corrupt"):
+        list(read_documents("text", [str(path)], ReadReport()))
 
 
 # --- Anything at all ---------------------------------------------------------------------------------------------

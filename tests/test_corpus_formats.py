@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+from collections import Counter
 
 import fsspec
 import pyarrow as pa
@@ -79,6 +80,15 @@ def test_parquet_mistakes_are_named(tmp_path):
         path.write_bytes(broken)
         with pytest.raises(UserError, match="a.parquet: the Parquet file is damaged or cut short"):
             read("parquet", path)
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
+def test_a_parquet_file_in_an_archive_is_refused_as_such(tmp_path, pack):
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
+    path = tmp_path / "a.parquet.gz"
+    path.write_bytes(pack((tmp_path / "a.parquet").read_bytes()))
+    with pytest.raises(UserError, match="a.parquet.gz is a Parquet file in an archive: unpack it"):
+        list(read_mixed([str(path)], ReadReport()))
 
 
 def test_parquet_memory_is_that_of_some_rows(tmp_path):
@@ -207,6 +217,52 @@ def test_pubmed_files_cut_short_or_of_another_kind_are_named(tmp_path):
         read("pubmed_xml", path.with_suffix(".gz"))
 
 
+def test_pubmed_text_has_spaces_where_a_formula_stood(tmp_path):
+    math = "<mml:math><mml:mi>x</mml:mi></mml:math>"
+    text = f"Of<DispFormula>{math}</DispFormula>units, <mml:math><mml:mi>n</mml:mi></mml:math>-fold."
+    (tmp_path / "a.xml").write_text(
+        HEAD.replace("<PubmedArticleSet>", '<PubmedArticleSet xmlns:mml="http://www.w3.org/1998/Math/MathML">')
+        + record(1, abstract_of(plain(text.replace("<mml:math>", '<mml:math xmlns:mml="m">'))))
+        + "</PubmedArticleSet>"
+    )
+    assert read("pubmed_xml", tmp_path / "a.xml")[0][0].text == "A title.\nOf x units, n-fold."
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 13, 1 << 20])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        record(50, abstract_of(plain("Cut"))).removesuffix("</PubmedArticle>\n"),
+        record(50, abstract_of(plain("Cut")))[:80],
+        "<!-- <PubmedArticle> -->",
+        '<PubmedBookArticle><BookDocument><PMID Version="1">6</PMID></BookDocument>',
+        '<PubmedArticle Status="x"/>',
+        '<DeleteCitation><PMID Version="1">1</PMID>',
+    ],
+)
+def test_a_pubmed_record_without_its_end_costs_no_other(tmp_path, monkeypatch, broken, piece_bytes):
+    monkeypatch.setattr(corpus.files, "CHUNK_BYTES", piece_bytes)
+    path = tmp_path / "a.xml"
+    path.write_text(HEAD + RECORDS[0] + broken + "\n" + RECORDS[4] + RECORDS[6] + broken + "</PubmedArticleSet>")
+    documents, report = read("pubmed_xml", path)
+    assert documents == [EXPECTED[0], EXPECTED[2]] and not report.deleted
+    wrong = "wrong type" if broken.endswith("/>") else "malformed XML"
+    assert report.dropped == Counter({wrong: 2}) + Counter({"malformed XML": 1})
+    lines = (HEAD + RECORDS[0] + broken + "\n" + RECORDS[4]).count("\n") + 1
+    assert f"{path}:{lines}" in report.samples["malformed XML"]
+
+
+def test_pubmed_ends_and_deletions_of_other_forms(tmp_path):
+    path = tmp_path / "a.xml"
+    path.write_text(HEAD.replace("<PubmedArticleSet>", "<PubmedArticleSet />"))
+    assert read("pubmed_xml", path) == ([], ReadReport())
+    deletion = '<DeleteCitation ><PMID Version="1">1</PMID><PMID>two</PMID></DeleteCitation\n>'
+    text = HEAD + RECORDS[0].replace("</PubmedArticle>", "</PubmedArticle\n>") + deletion + "</PubmedArticleSet >"
+    path.write_text(text)
+    documents, report = read("pubmed_xml", path)
+    assert documents == [EXPECTED[0]] and report.deleted == [1] and report.dropped == {"wrong type": 1}
+
+
 def test_a_huge_pubmed_record_is_left_out_and_the_next_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus.files, "MAX_RECORD_BYTES", 10_000)
     path = tmp_path / "a.xml"
@@ -236,32 +292,33 @@ def test_pubmed_against_a_parser_of_the_whole_file(tmp_path):
 
 # --- JATS --------------------------------------------------------------------------------------------------------
 
+# As publishers deliver them, without white space between elements.
 ARTICLE = """<?xml version="1.0" encoding="UTF-8"?>
 <!DOCTYPE article PUBLIC "-//NLM//DTD JATS (Z39.96) Archiving 1.3//EN" "JATS-archivearticle1-3.dtd">
-<article xmlns:xlink="http://www.w3.org/1999/xlink" xmlns:mml="http://www.w3.org/1998/Math/MathML" xml:lang="en">
-<front><journal-meta><issn>1</issn></journal-meta><article-meta>
-  <article-id pub-id-type="pmid">123</article-id><article-id pub-id-type="pmc">PMC9</article-id>
-  <title-group><article-title>On <italic>Rod</italic> Cells</article-title></title-group>
-  <permissions><license><license-p>CC BY</license-p></license></permissions>
-  <abstract><sec><title>Background</title><p>Rods see.</p></sec><p>And cones.</p></abstract>
-  <abstract abstract-type="graphical"><p>A picture.</p></abstract>
-</article-meta></front>
-<body>
-  <p>Before all sections.</p>
-  <sec><label>1</label><title>Introduction</title>
-    <p>Rods<xref ref-type="bibr">[1]</xref> see at
-       <inline-formula><mml:math><mml:mi>n</mml:mi><mml:mo>=</mml:mo><mml:mn>3</mml:mn></mml:math></inline-formula>.
-       <disp-formula><tex-math>x^2</tex-math></disp-formula></p>
-    <fig><label>Figure 1</label><caption><p>A figure.</p></caption></fig>
-    <sec><title>Deeper</title><p>Twice <table-wrap><table><tr><td>7</td></tr></table></table-wrap>over.</p>
-      <list><list-item><p>One</p></list-item> <list-item><p>two</p></list-item></list></sec>
-  </sec>
-</body>
-<back><ref-list><ref><mixed-citation>Somebody.</mixed-citation></ref></ref-list></back>
-</article>"""
+<article xmlns:xlink="http://www.w3.org/1999/xlink" xmlns:mml="http://www.w3.org/1998/Math/MathML" xml:lang="en">\
+<front><journal-meta><issn>1</issn></journal-meta><article-meta>\
+<article-id pub-id-type="pmid">123</article-id><article-id pub-id-type="pmc">PMC9</article-id>\
+<title-group><article-title>On <italic>Rod</italic> Cells:<break/>What They See</article-title></title-group>\
+<permissions><license><license-p>CC BY</license-p></license></permissions>\
+<abstract abstract-type="graphical"><p>A picture.</p></abstract>\
+<abstract><sec><title>Background</title><p>Rods see.</p></sec><p>And cones.</p></abstract>\
+<abstract abstract-type="plain-language-summary"><p>In short.</p></abstract>\
+</article-meta></front>\
+<body><p>Before all sections.</p>\
+<sec><label>1</label><title>Introduction</title>\
+<p>Rods<xref ref-type="bibr">[1]</xref> see at
+ <inline-formula><mml:math><mml:mi>n</mml:mi><mml:mo>=</mml:mo><mml:mn>3</mml:mn></mml:math></inline-formula>.\
+<disp-formula><tex-math>x^2</tex-math></disp-formula>So it is.</p>\
+<fig><label>Figure 1</label><caption><p>A figure.</p></caption></fig>\
+<sec><title>Deeper</title><p>Twice<table-wrap><table><tr><td>7</td></tr></table></table-wrap>over.</p>\
+<list><list-item><label>1.</label><p>One</p><p>half</p></list-item><list-item><p>two</p></list-item></list>\
+<def-list><def-item><term>ERG</term><def><p>A response.</p></def></def-item></def-list>\
+<boxed-text><sec><title>Key points</title><p>Light.</p></sec></boxed-text></sec></sec></body>\
+<back><ref-list><ref><mixed-citation>Somebody.</mixed-citation></ref></ref-list></back></article>"""
 ARTICLE_TEXT = "\n\n".join(
-    ["On Rod Cells", "Abstract", "Background", "Rods see.", "And cones.", "Before all sections.", "Introduction"]
-    + ["Rods[1] see at n=3.", "Deeper", "Twice over.", "One two"]
+    ["On Rod Cells: What They See", "Abstract", "Background", "Rods see.", "And cones.", "Before all sections."]
+    + ["Introduction", "Rods[1] see at n=3. So it is.", "Deeper", "Twice over.", "1. One half two"]
+    + ["ERG A response.", "Key points Light."]
 )
 
 
@@ -282,6 +339,26 @@ def test_a_jats_article(tmp_path):
     path.write_text(ARTICLE.replace('xml:lang="en"', 'xml:lang="de"'))
     assert read("jats_xml", path, Selection())[1].dropped == {"another language": 1}
     assert len(read("jats_xml", path, Selection(languages=("ger",)))[0]) == 1
+
+
+def test_an_abstract_of_a_kind_of_its_own_serves_where_there_is_no_other(tmp_path):
+    path = tmp_path / "PMC9.nxml"
+    proper = ARTICLE[ARTICLE.index("<abstract>") : ARTICLE.index('<abstract abstract-type="plain')]
+    path.write_text(ARTICLE.replace(proper, ""))
+    assert "\n\nAbstract\n\nA picture.\n\nBefore all" in read("jats_xml", path)[0][0].text
+
+
+def test_each_article_of_a_collection_is_a_document(tmp_path):
+    article = ARTICLE[ARTICLE.index("<article ") :]
+    reply = "<response><front-stub/><body><p>A reply.</p></body></response></article>"
+    nested = article.replace("</article>", "<sub-article><body><p>A review.</p></body></sub-article>" + reply)
+    german = article.replace('xml:lang="en"', 'xml:lang="de"')
+    path = tmp_path / "set.xml"
+    path.write_text(f"<pmc-articleset>{article}{nested}{german}<article/></pmc-articleset>")
+    documents, report = read("jats_xml", path, Selection())
+    assert [document.text for document in documents] == [ARTICLE_TEXT, ARTICLE_TEXT]
+    assert report.dropped == {"another language": 1, "empty": 1}
+    assert report.samples["another language"] == [f"{path}:1 (article 3)"]
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.compress])

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import random
+import re
 import subprocess
 import sys
 import tarfile
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from test_corpus_formats import ARTICLE, BOMB, XML, tar_of
+from test_corpus_formats import ARTICLE, BOMB, HEAD, XML, abstract_of, plain, record, tar_of
 
 from biomedlm_jax.corpus import ReadReport, Selection, read_documents, read_mixed
 from biomedlm_jax.errors import UserError
@@ -134,6 +135,66 @@ def test_5000_corrupted_inputs(tmp_path):
     print(outcomes, megabytes, "MB")
     assert outcomes["read"] + outcomes["refused"] == count and megabytes < MAX_MEGABYTES
     assert min(outcomes.values()) > count / 5
+
+
+def numbered(source, rng):
+    """Content of some records, each of them sound or damaged within itself, and how many they are."""
+    count = rng.randrange(1, 40)
+    if source == "pile":
+        records = [
+            json.dumps({"text": f"Text {n}.", "meta": {"pile_set_name": "PubMed Central"}}) for n in range(count)
+        ]
+        return b"\n".join(hurt(record.encode(), rng, b"\n") for record in records), count
+    if source == "parquet":
+        texts = [hurt(f"Text {n}.".encode(), rng, b"") if rng.random() < 0.9 else None for n in range(count)]
+        data = io.BytesIO()
+        pq.write_table(pa.table({"text": pa.array(texts, pa.binary())}), data, row_group_size=rng.randrange(1, 20))
+        return data.getvalue(), count
+    if source == "pubmed_xml":
+        records = [record(n, abstract_of(plain(f"Text {n}."))).encode() for n in range(1, count + 1)]
+        for n, whole in enumerate(records):
+            begin, inner, end = re.fullmatch(rb"(<PubmedArticle>)(.*)(</PubmedArticle>\n)", whole, re.DOTALL).groups()
+            # Of neighbors at most one lacks its begin or its end.
+            if n % 2 and rng.random() < 0.2:
+                begin, end = rng.choice([(b"<PubmfdArticle>", end), (begin, b"\n")])
+            records[n] = begin + hurt(inner, rng, b"<>") + end
+        return HEAD.encode() + b"".join(records) + b"</PubmedArticleSet>", count
+    articles = [hurt(ARTICLE.encode(), rng, b"<>") for _ in range(count)]
+    if rng.random() < 0.5:
+        names = [rng.choice(["a.xml", "../b.nxml", "c.jpg", "d\n.xml"]) for _ in articles]
+        return tar_of(list(zip(names, articles, strict=True))), count
+    # A collection is one document of XML: only what leaves it well-formed costs single articles.
+    sound = ARTICLE[ARTICLE.index("<article ") :].encode()
+    articles = [rng.choice([sound, b"<article/>", sound.replace(b'"en"', b'"de"')]) for _ in range(count)]
+    return b"<pmc-articleset>" + b"\n".join(articles) + b"</pmc-articleset>", count
+
+
+def hurt(data, rng, structure):
+    """The same, or with other bytes in it, none of which makes or ends a record."""
+    data = bytearray(data)
+    for _ in range(rng.choice([0, 0, 1, 5])):
+        at = rng.randrange(len(data))
+        if data[at] not in structure:
+            other = rng.randrange(256)
+            data[at] = data[at] if other in structure else other
+    return bytes(data)
+
+
+@pytest.mark.parametrize("source", ["pile", "parquet", "pubmed_xml", "jats_xml"])
+def test_no_record_is_lost_uncounted(tmp_path, source):
+    """As many as were written, not as many as the reader saw."""
+    path, rng, broken = tmp_path / "a", random.Random(1), 0
+    for index in range(500):
+        data, count = numbered(source, rng)
+        pack = bytes if source == "parquet" else rng.choice([bytes, gzip.compress, zstandard.compress])
+        path.write_bytes(pack(data))
+        report = ReadReport()
+        selection = Selection(pile_sets=(), languages=rng.choice([(), ("eng",)]))
+        documents = list(read_documents(source, [str(path)], report, selection))
+        assert len(documents) == report.documents
+        assert report.documents + report.dropped.total() == count, index
+        broken += report.dropped.total()
+    assert broken > 500
 
 
 def read_huge(path, source):

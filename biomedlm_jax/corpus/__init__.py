@@ -17,7 +17,7 @@ from pathlib import Path
 
 from biomedlm_jax.corpus import files as _files
 from biomedlm_jax.corpus import jats, json_lines, parquet, pubmed, text
-from biomedlm_jax.corpus.files import expand_globs, file_identity, file_size, shown
+from biomedlm_jax.corpus.files import expand_globs, file_identity, file_size, real_path, shown
 from biomedlm_jax.corpus.pile_pubmed import PilePubmed
 from biomedlm_jax.corpus.records import BROKEN, MAX_SAMPLES, PUBMED_SETS, Document, ReadReport, Selection
 from biomedlm_jax.errors import UserError
@@ -35,6 +35,7 @@ __all__ = [
     "file_size",
     "read_documents",
     "read_mixed",
+    "real_path",
     "shown",
     "tokenizer_texts",
 ]
@@ -54,7 +55,7 @@ def read_documents(
 ) -> Iterator[Document]:
     """The documents of `files`, in their order.
 
-    Each file may be plain, gzip or zstd; its content tells, not its name.
+    Each file may be plain, gzip or zstd, whatever its name; Parquet files, compressed inside, are not in archives.
 
     Args:
       source: "pile" for JSON lines, "parquet", "pubmed_xml", "jats_xml" (articles, or tar archives of them), "text".

@@ -30,6 +30,9 @@ PIECE_BYTES = 1 << 20
 # A line of JSON, an XML record, a member of a tar archive, a cell of Parquet: longer ones are dropped and counted.
 MAX_RECORD_BYTES = 32 << 20
 
+_OTHER_ARCHIVES = re.compile(
+    rb"(?P<xz>\xfd7zXZ\0)|(?P<bzip2>BZh[1-9]1AY&SY)|(?P<zip>PK\x03\x04)|(?P<lz4>\x04\x22\x4d\x18)"
+)
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
 
@@ -46,24 +49,38 @@ def shown(name: str) -> str:
 
 
 def expand_globs(patterns: Sequence[str]) -> list[str]:
-    """The files that paths, URLs and globs (`*`, `?`, `[a-z]`, `**` for any folders) name, sorted, each once.
+    """The files that paths, URLs and globs (`*`, `?`, `[a-z]`, `**` for any folders) name, sorted, each once, also
+    where links lead to it.
 
     URLs are `gs://`, `s3://`, `https://`, `http://`, `file://`, and whatever else fsspec knows. In web addresses `?`
     is no wildcard, and globs need a server that lists its folders, as NLM's does.
 
     Raises:
-      UserError: a pattern matches no file, or its server does not answer.
+      UserError: a pattern matches no file, or a link to nothing, or its server does not answer.
     """
     files: set[str] = set()
     for pattern in patterns:
         files.update(_remote_matches(pattern) if _URL.match(pattern) else _local_matches(os.path.expanduser(pattern)))
-    return sorted(files)
+    # Of a file's names the shortest: links to folders above make no end of them.
+    by_length = sorted(files, key=lambda file: (len(file), file), reverse=True)
+    return sorted({real_path(file): file for file in by_length}.values())
+
+
+def real_path(path: str) -> str:
+    """What is the same for all names of a file."""
+    return path if _URL.match(path) else os.path.realpath(path)
 
 
 def _local_matches(pattern: str) -> list[str]:
     # A file whose name holds brackets is meant before the set of names that the brackets spell.
     matches = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
-    found = [match for match in matches if os.path.isfile(match)]
+    found = [match for match in matches if not os.path.isdir(match)]
+    for match in found:
+        # Of the real path, since the system does not follow more than some links.
+        if not os.path.isfile(os.path.realpath(match)):
+            raise UserError(
+                f"{shown(match)}, which {pattern!r} matches, is no file (perhaps a link to one that is gone)"
+            )
     if not found:
         hint = (
             f"it is a folder, write {shown(pattern.rstrip('/'))}/* for its files"
@@ -238,6 +255,10 @@ def _decompressed(file: str, raw: RawFile, progress: Progress) -> Iterator[bytes
     data = raw.read(max(CHUNK_BYTES, 4))
     if not data and file.endswith((".gz", ".tgz", ".zst")):
         raise UserError(f"{shown(file)} is empty, not even an archive; fetch it again")
+    if other := _OTHER_ARCHIVES.match(data):
+        raise UserError(
+            f"{shown(file)} is a {other.lastgroup} archive, which is not read: unpack it, or pack it with zstd"
+        )
     gzip = data.startswith(b"\x1f\x8b")
     zstd = data.startswith(b"\x28\xb5\x2f\xfd") or (data[1:4] == b"\x2a\x4d\x18" and data[0] >> 4 == 5)
     # Large shards are often written with windows beyond the default limit of 128 MiB.
@@ -248,6 +269,10 @@ def _decompressed(file: str, raw: RawFile, progress: Progress) -> Iterator[bytes
         if gzip or zstd:
             view, at = memoryview(data), 0
             while at < len(data):
+                if gzip and not decoder and not data[at]:
+                    # Zeros that fill a tape's last block; gzip passes them over, too.
+                    at = len(data) - len(data[at:].lstrip(b"\0"))
+                    continue
                 decoder = decoder or (zlib.decompressobj(wbits=31) if gzip else frames.decompressobj())
                 piece = view[at : at + SLICE_BYTES]
                 content = decoder.decompress(piece)

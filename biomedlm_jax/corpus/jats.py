@@ -41,8 +41,8 @@ def read(file: str, report: ReadReport, selection: Selection) -> Iterator[Docume
     data = _joined(head, content)
     if data is None:
         report.drop("too long", file, 1)
-    elif document := _document(data, file, "1", report, selection):
-        yield document
+    else:
+        yield from _documents(data, file, "1", report, selection)
 
 
 def is_tar(head: bytes) -> bool:
@@ -77,8 +77,7 @@ def _read_tar(file: str, stream: _Stream, report: ReadReport, selection: Selecti
                     data = content.read() if content else b""
                     if len(data) < member.size:
                         raise tarfile.ReadError(f"{member.name!r} is cut short")
-                    if document := _document(data, file, member.name, report, selection):
-                        yield document
+                    yield from _documents(data, file, member.name, report, selection)
         if not stream.ended_well:
             raise tarfile.ReadError("its end is missing")
     except (tarfile.TarError, OSError, ValueError, OverflowError, IndexError) as error:
@@ -136,20 +135,40 @@ class _Stream(io.RawIOBase):
         return self._at
 
 
-def _document(data: bytes, file: str, place: str, report: ReadReport, selection: Selection) -> Document | None:
+def _documents(data: bytes, file: str, place: str, report: ReadReport, selection: Selection) -> Iterator[Document]:
+    """The articles of a file: one, or some in a collection; those within articles, as replies are, are none."""
     try:
         root = xml_text.parse(data)
     except xml_text.MalformedError:
-        return report.drop("malformed XML", file, place)
-    article = next((element for element in root.iter() if xml_text.name(element) == "article"), None)
-    if article is None:
-        return report.drop("wrong type", file, place)
+        report.drop("malformed XML", file, place)
+        return
+    articles = list(_outermost(root, "article"))
+    if not articles:
+        report.drop("wrong type", file, place)
+    for number, article in enumerate(articles, 1):
+        where = place if len(articles) == 1 else f"{place} (article {number})"
+        if document := _document(article, file, where, report, selection):
+            yield document
+
+
+def _outermost(root: ET.Element, name: str) -> Iterator[ET.Element]:
+    """Elements of a name that are in no other of it, in their order."""
+    pending = [root]
+    while pending:
+        element = pending.pop()
+        if xml_text.name(element) == name:
+            yield element
+        else:
+            pending += reversed(element)
+
+
+def _document(article: ET.Element, file: str, place: str, report: ReadReport, selection: Selection) -> Document | None:
     language = article.get("{http://www.w3.org/XML/1998/namespace}lang", "en")
     if selection.languages and _three_letters(language) not in selection.languages:
         return report.drop("another language", file, place)
     meta = _child(_child(article, "front"), "article-meta")
     parts = [xml_text.text(_child(_child(meta, "title-group"), "article-title"), _LEFT_OUT)]
-    abstract = _child(meta, "abstract")
+    abstract = _abstract(meta)
     if abstract is not None:
         parts += ["Abstract", *_paragraphs(abstract)]
     body = _child(article, "body")
@@ -162,6 +181,12 @@ def _document(data: bytes, file: str, place: str, report: ReadReport, selection:
     ]
     text = "\n\n".join(part for part in parts if part)
     return report.keep(text, "PubMed Central", file, place, xml_text.number(pmids[0] if pmids else None))
+
+
+def _abstract(meta: ET.Element | None) -> ET.Element | None:
+    """The abstract proper, before those of a kind of their own: summaries for laymen, pictures, highlights."""
+    abstracts = [child for child in (meta if meta is not None else ()) if xml_text.name(child) == "abstract"]
+    return next((element for element in abstracts if not element.get("abstract-type")), next(iter(abstracts), None))
 
 
 def _child(element: ET.Element | None, name: str) -> ET.Element | None:

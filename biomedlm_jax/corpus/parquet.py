@@ -26,6 +26,8 @@ def read(file: str, report: ReadReport, selection: Selection) -> Iterator[Docume
 
     size, number = files.file_size(file), 0
     with files.RawFile(file) as raw:
+        if raw.read(4).startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd")):
+            raise UserError(f"{files.shown(file)} is a Parquet file in an archive: unpack it (it is compressed inside)")
         try:
             table = pyarrow.parquet.ParquetFile(raw, buffer_size=_BUFFER_BYTES, pre_buffer=False)
             columns = _columns(table.schema_arrow, file, selection)

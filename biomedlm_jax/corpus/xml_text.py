@@ -9,6 +9,24 @@ from xml.parsers import expat
 
 _ELEMENT = re.compile(rb"<[A-Za-z]")
 _NAMESPACE = re.compile(r"^\{[^}]*\}")
+# JATS's elements that stand apart from the text around them, whether there is white space between them or not.
+_APART = frozenset(
+    ("p", "sec", "title", "subtitle", "label", "break", "list", "list-item", "def-list", "def-item", "term", "def")
+    + ("term-head", "def-head", "boxed-text", "disp-quote", "disp-formula", "disp-formula-group", "statement", "speech")
+    + (
+        "speaker",
+        "verse-group",
+        "verse-line",
+        "attrib",
+        "caption",
+        "fig",
+        "fig-group",
+        "table-wrap",
+        "table",
+        "preformat",
+    )
+    + ("code", "tr", "td", "th", "array", "media", "supplementary-material", "DispFormula")
+)
 
 
 class MalformedError(ValueError):
@@ -51,7 +69,7 @@ def _refuse_entities(data: bytes) -> None:
 
 
 def text(element: ET.Element | None, leave_out: Set[str] = frozenset()) -> str:
-    """The text of an element and those in it, without markup, in one line.
+    """The text of an element and those in it, without markup, in one line; paragraphs and the like have spaces between.
 
     Args:
       leave_out: names of elements, without namespaces, whose text is not wanted.
@@ -67,7 +85,9 @@ def text(element: ET.Element | None, leave_out: Set[str] = frozenset()) -> str:
             parts.append(item or "")
             continue
         if item is not element:
-            pending.append(item.tail)
+            gap = " " if name(item) in _APART else ""
+            pending += [item.tail, gap]
+            parts.append(gap)
             if name(item) in leave_out:
                 continue
         pending += reversed(item)

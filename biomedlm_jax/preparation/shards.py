@@ -112,8 +112,9 @@ def input_shards(data: DataConfig, benchmark_files: Sequence[str]) -> list[Shard
         ]
     files = {split: corpus.expand_globs(as_paths(getattr(data, f"{split}_files"))) for split in SPLITS}
     for name, others in (("eval", files["eval"]), ("benchmark", benchmark_files)):
-        if twice := sorted(set(files["train"]) & set(others)):
-            raise UserError(f"{corpus.shown(twice[0])} is in data.train_files and in data.{name}_files")
+        real = set(map(corpus.real_path, others))
+        if twice := next((file for file in files["train"] if corpus.real_path(file) in real), None):
+            raise UserError(f"{corpus.shown(twice)} is in data.train_files and in data.{name}_files")
     selection = Selection(tuple(data.pile_sets), data.text_field, tuple(data.languages))
     sizes = {file: corpus.file_size(file) for split in SPLITS for file in files[split]}
     groups = [(split, group) for split in SPLITS for group in _groups(data.source, files[split], sizes)]
