@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from biomedlm_jax.corpus import ReadReport
+from biomedlm_jax.corpus import ReadReport, shown
 from biomedlm_jax.corpus.files import chunks
 from biomedlm_jax.errors import UserError
 
@@ -40,7 +40,9 @@ def records(file: str) -> _Records:
     if extension == "parquet":
         return _parquet(file, _content(file))
     if extension not in _FORMATS:
-        raise UserError(f"{file} is no evaluation set by its name: it must end in .parquet, .{', .'.join(_FORMATS)}")
+        raise UserError(
+            f"{shown(file)} is no evaluation set by its name: it must end in .parquet, .{', .'.join(_FORMATS)}"
+        )
     return _FORMATS[extension](file, _text(file))
 
 
@@ -51,12 +53,12 @@ def _content(file: str) -> bytes:
         pieces.append(chunk)
         size += len(chunk)
         if size > _MAX_BYTES:
-            raise UserError(f"{file} holds over {_MAX_BYTES >> 20} MiB: it is no evaluation set; leave it out")
+            raise UserError(f"{shown(file)} holds over {_MAX_BYTES >> 20} MiB: it is no evaluation set; leave it out")
     return b"".join(pieces)
 
 
 def _broken(file: str, line: int, what: object) -> UserError:
-    return UserError(f"{file}:{line}: {what}; an evaluation set must be read whole: repair it or fetch it again")
+    return UserError(f"{shown(file)}:{line}: {what}; an evaluation set must be read whole: repair it or fetch it again")
 
 
 def _text(file: str) -> str:
@@ -167,7 +169,7 @@ def _parquet(file: str, data: bytes) -> _Records:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError(f"{file}: to read Parquet, install pyarrow: pip install pyarrow") from error
+        raise UserError(f"{shown(file)}: to read Parquet, install pyarrow: pip install pyarrow") from error
     number = 0
     try:
         for batch in pyarrow.parquet.ParquetFile(io.BytesIO(data)).iter_batches():

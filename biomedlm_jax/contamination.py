@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import json
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from biomedlm_jax.benchmark_files import records
+from biomedlm_jax.corpus import shown
 from biomedlm_jax.errors import UserError
 
 N_WORDS = 13
@@ -231,6 +233,11 @@ class Benchmarks:
                 nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
                 yield np.repeat(starts[equal], counts), self._owners[np.repeat(first[equal], counts) + nth]
 
+    def digest(self) -> str:
+        """Hash of all that `find` depends on, the order and the places of the texts as well."""
+        places = json.dumps([text.place for text in self.texts]).encode()
+        return hashlib.sha256(places + self._keys.tobytes() + self._owners.tobytes()).hexdigest()
+
     def report(self) -> dict[str, Any]:
         """What was read, as JSON can hold it."""
         return {
@@ -292,8 +299,8 @@ def read_benchmarks(files: Sequence[str]) -> Benchmarks:
             count.records_without_texts += count.texts == texts_before
         if not count.texts:
             raise UserError(
-                f"{file} has no text of at least {MIN_WORDS} words in its {count.records} records, so there is nothing "
-                "to look for: leave it out"
+                f"{shown(file)} has no text of at least {MIN_WORDS} words in its {count.records} records, so there is "
+                "nothing to look for: leave it out"
             )
     return _index(words, texts, counts)
 

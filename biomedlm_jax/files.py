@@ -46,23 +46,41 @@ def complete_folder(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def try_lock(path: Path, wait: bool, shared: bool = False) -> Iterator[bool]:
+def try_lock(path: Path, wait: bool) -> Iterator[bool]:
     """Holds a lock file, which the system frees if the process dies.
 
     Gives false at once if another process holds it and `wait` is false.
 
     Args:
       path: the file; it stays when the lock is given back.
-      shared: several processes may hold it that all ask for a shared lock.
     """
     # NFS wants a file that is open for writing.
     with path.open("a") as file:
         try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
         else:
             yield True
+
+
+@contextlib.contextmanager
+def share_lock(path: Path, when_alone: Callable[[], None]) -> Iterator[bool]:
+    """Holds a lock file with all others who ask for it so; gives whether nobody else held it.
+
+    Args:
+      when_alone: called first if nobody holds it. In what it writes all holders can trust that nobody else has been
+        alone since they read it.
+    """
+    with path.open("a") as file:
+        alone = False
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            when_alone()
+            alone = True
+        # The system may let another one be alone before it grants this.
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield alone
 
 
 @contextlib.contextmanager

@@ -203,10 +203,44 @@ def test_text_of_benchmarks_is_left_out_or_reported(tmp_path, caplog, action):
     assert manifest["splits"]["train"]["documents"] == (39 if action == "drop" else 40)
     assert (texts[7] in found["train"]) == (action == "report")
     assert manifest["dropped"] == ({"contaminated": 1} if action == "drop" else {})
-    assert manifest["contamination"]["documents"] == {str(benchmark): 1}
+    found_in = {name: manifest["contamination"][name] for name in ("left_out", "kept", "held_out")}
+    affected = "left_out" if action == "drop" else "kept"
+    assert found_in == dict.fromkeys(found_in, {}) | {affected: {str(benchmark): 1}}
     place = f"{benchmark}:1 in {tmp_path / 'train' / '01.jsonl'}: document 3"
     assert manifest["contamination"]["samples"] == {str(benchmark): [place]}
     assert place in caplog.text and place in (config.prepared_dir / "README.md").read_text()
     with pytest.raises(UserError, match=r"00.jsonl is in data.train_files and in data.benchmark_files"):
         changes = {"benchmark_files": str(tmp_path / "train" / "00.jsonl"), "dir": str(tmp_path / "other")}
         preparation.ensure_prepared(tiny.replace(config, data=changes))
+
+
+def test_contaminated_documents_are_reported_by_what_became_of_them(tmp_path, caplog):
+    """Held out by their hash, twice there, or kept."""
+    question = "Which of the following enzymes is most likely to be deficient in this otherwise healthy young child?"
+    texts = [f"{text} {question}" for text in pile.ABSTRACTS[:20]]
+    config = write_shards(tmp_path, [[*texts, texts[0], *pile.ABSTRACTS[20:]]])
+    benchmark = tmp_path / "med|qa.jsonl"
+    benchmark.write_text(json.dumps({"question": question}) + '\n{"question": "Too short?"}\n')
+    changes = {"benchmark_files": str(benchmark), "contaminated": "report", "eval_fraction": 0.3}
+    manifest, _ = prepared(tiny.replace(config, data=changes))
+    held_out = sum(shards.text_hash(text.encode()) < 0.3 * 2**64 for text in texts)
+    assert 0 < held_out < 20
+    found = manifest["contamination"]
+    assert (found["kept"], found["held_out"], found["left_out"]) == (
+        {str(benchmark): 20 - held_out},
+        {str(benchmark): held_out},
+        {},
+    )
+    card = (config.prepared_dir / "README.md").read_text()
+    escaped = str(benchmark).replace("|", r"\|")
+    assert f"| {escaped} | 2 | 1 | 1 | 1 | 0 | {20 - held_out} | {held_out} | " in card
+    assert "13 words in a row" in card and "all words of a text of 8 to 12" in card
+    assert "1 of the 2 records of the benchmark" in caplog.text and "they have no text of 8 words" in caplog.text
+
+
+def test_text_that_is_all_left_out_by_choice_is_named(tmp_path):
+    question = "Which of the following enzymes is most likely to be deficient in this otherwise healthy young child?"
+    config = write_shards(tmp_path, [[f"{text} {question}" for text in pile.ABSTRACTS[:5]]])
+    (tmp_path / "a.txt").write_text(question)
+    with pytest.raises(UserError, match=r"no document of data.train_files is left .* left out are {'contaminated': 5}"):
+        preparation.ensure_prepared(tiny.replace(config, data={"benchmark_files": str(tmp_path / "a.txt")}))

@@ -9,6 +9,7 @@ import tiny
 
 from biomedlm_jax import preparation, rows, synthetic
 from biomedlm_jax.errors import UserError
+from biomedlm_jax.preparation import agreement, card
 from biomedlm_jax.tokenizer import load_tokenizer, train_tokenizer
 
 
@@ -57,6 +58,76 @@ def test_what_is_there_is_used_and_anything_else_refused(pile_config):
             preparation.ensure_prepared(tiny.replace(pile_config, **changes))
         assert str(folder) in str(error.value)
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_rows_of_files_that_changed_since_are_used_with_a_warning(pile_config, caplog, tmp_path):
+    preparation.ensure_prepared(pile_config)
+    preparation.ensure_prepared(tiny.replace(pile_config, data={"contaminated": "report"}))
+    assert not caplog.records or "prepared from" not in caplog.text
+    with (tmp_path / "train/01.jsonl.gz").open("ab") as file:
+        file.write(bytes(10))
+    for changed in ("01.jsonl.gz", "02.jsonl"):
+        caplog.clear()
+        preparation.ensure_prepared(pile_config)
+        assert f"are not those that {pile_config.prepared_dir} was prepared from" in caplog.text
+        assert f"{tmp_path / 'train' / changed} was added, taken away or changed" in caplog.text
+        (tmp_path / "train/02.jsonl").write_text(pile.line("More."))
+    caplog.clear()
+    for file in (tmp_path / "train").iterdir():
+        file.unlink()
+    preparation.ensure_prepared(pile_config)
+    assert "prepared from" not in caplog.text
+
+
+def test_the_manifest_says_all_that_was_used(pile_config, tmp_path, monkeypatch):
+    """Each of many files, the tokenizer, what was replaced; and what another host would need to do it again."""
+    given = train_tokenizer(pile.ABSTRACTS[:10], 600, tmp_path / "tokenizer")
+    (tmp_path / "texts").mkdir()
+    for number in range(25):
+        (tmp_path / "texts" / f"{number:02}.txt").write_text(pile.ABSTRACTS[number])
+    monkeypatch.chdir(tmp_path)
+    data = {"source": "text", "train_files": "texts/*", "eval_files": (), "tokenizer": "tokenizer"}
+    preparation.ensure_prepared(tiny.replace(pile_config, data=data))
+    manifest = rows.read_manifest(pile_config.prepared_dir)
+    assert manifest["shards"][0]["files"] == [f"texts/{number:02}.txt" for number in range(25)]
+    assert manifest["tokenizer"] == "tokenizer" and manifest["tokenizer_sha256"] == given.fingerprint
+    assert manifest["working_directory"] == str(tmp_path) and manifest["version"]
+    assert manifest["replaced_surrogates"] == 0
+    assert "texts/00.txt to texts/24.txt (25)" in (pile_config.prepared_dir / "README.md").read_text()
+
+
+def test_replaced_surrogates_are_in_the_card(pile_config, tmp_path):
+    (tmp_path / "train/02.jsonl").write_text(pile.line("A \ud800 and \udfff."))
+    preparation.ensure_prepared(pile_config)
+    assert rows.read_manifest(pile_config.prepared_dir)["replaced_surrogates"] == 2
+    assert "2 lone surrogates became U+FFFD" in (pile_config.prepared_dir / "README.md").read_text()
+
+
+def test_names_of_files_may_be_anything(pile_config, tmp_path):
+    """Bytes that are no UTF-8, marks of tables and line ends."""
+    for name in (b"caf\xe9.jsonl", b"a|b\nc.jsonl"):
+        (tmp_path / "train" / os.fsdecode(name)).write_text("{broken\n" + pile.line(repr(name)))
+    (tmp_path / os.fsdecode(b"val\xe9.jsonl")).write_text(pile.line("Held out."))
+    data = {"eval_files": str(tmp_path / "val*"), "max_bad_fraction": 0.1}
+    preparation.ensure_prepared(tiny.replace(pile_config, data=data))
+    card = (pile_config.prepared_dir / "README.md").read_text(encoding="utf-8")
+    rows_of_files = [line for line in card.splitlines() if line.startswith("| train_files |")]
+    assert len(rows_of_files) == 4 and "a\\|b" in card and "caf" in card
+    assert all(line.replace(r"\|", "").count("|") == 6 for line in rows_of_files)
+
+
+@pytest.mark.parametrize(
+    "changes, line",
+    [
+        ({}, "language: en"),
+        ({"pile_sets": ()}, None),
+        ({"source": "pubmed_xml", "languages": ("eng", "ger", "mul")}, "language: [en, de, mul]"),
+        ({"source": "pubmed_xml", "languages": ()}, None),
+    ],
+)
+def test_the_card_names_the_languages_that_were_kept(pile_config, changes, line):
+    settings = agreement.data_settings(tiny.replace(pile_config, data=changes))
+    assert card._language(settings) == (f"{line}\n" if line else "")
 
 
 def test_too_much_broken_text_is_refused(pile_config):

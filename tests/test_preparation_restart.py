@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import tiny
 from biomedlm_jax import config as config_lib
 from biomedlm_jax import preparation, rows, synthetic
 from biomedlm_jax.errors import UserError
-from biomedlm_jax.preparation import choice, shards
+from biomedlm_jax.preparation import choice, shards, tasks
 from biomedlm_jax.tokenizer import load_tokenizer
 
 
@@ -183,6 +184,76 @@ def test_other_rows_under_preparation_in_the_same_folder_are_refused(corpus, und
     )
 
 
+def test_of_two_settings_at_once_one_is_prepared(corpus, undisturbed, tmp_path, subprocess_env):
+    """Both begin in the same moment: whoever is second ends with a message, and the rows are the other's."""
+    for attempt in range(3):
+        folder = tmp_path / str(attempt) / "rows"
+        lines = [command(corpus, folder, 1), [*command(corpus, folder, 1), "--data.eval_fraction", "0.3"]]
+        both = [subprocess.Popen(line, env=subprocess_env, stderr=subprocess.PIPE, text=True) for line in lines]
+        said = [process.communicate(timeout=120)[1] for process in both]
+        codes = [process.returncode for process in both]
+        assert sorted(codes) == [0, 2], said
+        refused = said[codes.index(2)]
+        assert "another process prepares these rows with eval_fraction" in refused or "was prepared with" in refused
+        fraction = rows.read_manifest(folder)["settings"]["eval_fraction"]
+        assert fraction == (0.05, 0.3)[codes.index(0)]
+        if fraction == 0.05:
+            assert contents(folder) == undisturbed
+
+
+def test_nobody_is_alone_between_beginning_and_sharing(tmp_path, subprocess_env):
+    """Eight processes, forty times: all holders read what the last one wrote who was alone, all the time."""
+    code = (
+        "import pathlib, random, sys, time; from biomedlm_jax.files import share_lock; "
+        "note = pathlib.Path(sys.argv[1], 'note'); own = sys.argv[2]\n"
+        "for _ in range(40):\n"
+        "    with share_lock(note.with_name('lock'), lambda: note.write_text(own)):\n"
+        "        before = note.read_text()\n"
+        "        time.sleep(random.uniform(0, 0.01))\n"
+        "        assert note.read_text() == before\n"
+        "    time.sleep(random.uniform(0, 0.01))\n"
+        "    note.with_name('seen').open('a').write(before + '\\n')"
+    )
+    many = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(number)], env=subprocess_env)
+        for number in range(8)
+    ]
+    assert [process.wait(timeout=120) for process in many] == [0] * 8
+    assert len(set((tmp_path / "seen").read_text().split())) > 1
+
+
+def test_input_that_differs_between_those_who_share_is_refused(corpus, tmp_path, subprocess_env):
+    """A file that is touched after the first began."""
+    (tmp_path / "train").mkdir()
+    for path in (corpus / "train").iterdir():
+        shutil.copyfile(path, tmp_path / "train" / path.name)
+    folder, work = tmp_path / "rows", tmp_path / ".rows.partial"
+    line = [*command(corpus, folder, 1), "--data.train_files", str(tmp_path / "train" / "*")]
+    process = subprocess.Popen(line, env=subprocess_env, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for((work / "index-00000.json").exists, process)
+        os.utime(tmp_path / "train" / "10.jsonl")
+        result = subprocess.run(line, env=subprocess_env, capture_output=True, text=True, check=False)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "another process prepares these rows from other files" in result.stderr and "10.jsonl" in result.stderr
+
+
+def test_a_result_that_another_process_replaces_is_no_assertion(tmp_path):
+    task = tasks.Task(tmp_path, "a", "key", 1, lambda advance: {})
+    other = tasks.Task(tmp_path, "a", "another", 1, lambda advance: {})
+
+    def replace_the_first(advance):
+        other.attempt(True, advance)
+        return {}
+
+    last = tasks.Task(tmp_path, "b", "key", 1, replace_the_first)
+    with pytest.raises(UserError, match="another process made the same from other input meanwhile"):
+        tasks.run("reading", [task, last], 1)
+
+
 def test_a_killed_helper_is_named_and_the_command_goes_on(corpus, undisturbed, tmp_path, subprocess_env):
     folder, work = tmp_path / "rows", tmp_path / ".rows.partial"
     process = subprocess.Popen(command(corpus, folder, 2), env=subprocess_env, stderr=subprocess.PIPE, text=True)
@@ -286,6 +357,26 @@ def test_changed_settings_go_on_from_what_still_holds(tmp_path, counted):
     counted.clear()
     preparation.ensure_prepared(tiny.replace(config, data={"eval_files": (), "eval_fraction": 0.1}))
     assert counted == [("encode", number) for number in range(2)]
+
+
+def test_other_benchmarks_after_a_stop_are_named_rightly(tmp_path, monkeypatch):
+    """The same texts in other files, in another order: what was found before must not be counted for the wrong one."""
+    config = pile.write_config(tmp_path)
+    found = [" ".join(text.split()[:30]) for text in (pile.ABSTRACTS[3], pile.ABSTRACTS[40])]
+    for name, texts in {"a.txt": found, "b.txt": found[:1], "c.txt": found[1:]}.items():
+        (tmp_path / name).write_text("\n".join(texts))
+
+    def prepare(*names):
+        files = [str(tmp_path / name) for name in names]
+        preparation.ensure_prepared(tiny.replace(config, data={"benchmark_files": files}))
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="stop"):
+        patch.setattr(choice, "write_choice", lambda *_: (_ for _ in ()).throw(UserError("stop")))
+        prepare("a.txt")
+    prepare("c.txt", "b.txt")
+    contamination = rows.read_manifest(config.prepared_dir)["contamination"]
+    assert contamination["left_out"] == {str(tmp_path / "b.txt"): 1, str(tmp_path / "c.txt"): 1}
+    assert "00.jsonl: document 4" in contamination["samples"][str(tmp_path / "b.txt")][0]
 
 
 def test_interrupting_leaves_no_process(corpus, undisturbed, tmp_path, subprocess_env):

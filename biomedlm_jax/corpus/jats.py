@@ -208,11 +208,11 @@ def _paragraphs(element: ET.Element, depth: int = 0) -> Iterator[str]:
 def _three_letters(language: str) -> str:
     """PubMed's code of a language: JATS has those of two letters."""
     two = language.lower().split("-")[0]
-    return _LANGUAGES.get(two, two)
+    return LANGUAGES.get(two, two)
 
 
 # ISO 639-1 to what NLM writes, ISO 639-2/B; of languages that PubMed Central has articles in.
-_LANGUAGES = {
+LANGUAGES = {
     "en": "eng",
     "de": "ger",
     "fr": "fre",

@@ -12,10 +12,10 @@ appears under its name. Nothing in the result depends on who did which task, or 
 
 import contextlib
 import functools
-import json
 import logging
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +23,15 @@ from biomedlm_jax import corpus
 from biomedlm_jax.config import Config, as_paths
 from biomedlm_jax.corpus import BROKEN
 from biomedlm_jax.errors import UserError
-from biomedlm_jax.files import refuse_mount, replace_file, try_lock
+from biomedlm_jax.files import refuse_mount, share_lock, try_lock
 from biomedlm_jax.preparation import choice, finish, shards, tasks
+from biomedlm_jax.preparation.agreement import Plan, check_manifest, data_settings
 from biomedlm_jax.preparation.shards import Shard
 from biomedlm_jax.preparation.tasks import Task
 from biomedlm_jax.rows import FORMAT, MANIFEST_FILE, read_manifest
 from biomedlm_jax.tokenizer import TRAINING_BYTES, load_tokenizer, train_tokenizer
 
 logger = logging.getLogger(__name__)
-
-_FILES = ("source", "train_files", "eval_files", "eval_fraction", "benchmark_files", "contaminated")
-# Settings that decide what the rows are.
-_DATA_SETTINGS = {
-    "synthetic": ("source", "synthetic_documents", "synthetic_eval_documents"),
-    "pile": (*_FILES, "pile_sets", "text_field"),
-    "parquet": (*_FILES, "pile_sets", "text_field"),
-    "pubmed_xml": (*_FILES, "languages"),
-    "jats_xml": (*_FILES, "languages"),
-    "text": _FILES,
-}
-_PATHS = ("train_files", "eval_files", "benchmark_files")
-_OTHER_FOLDER = "choose another data.dir, or delete the folder to prepare it again"
 
 
 def ensure_prepared(config: Config) -> None:
@@ -66,11 +54,18 @@ def ensure_prepared(config: Config) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} exists and holds no prepared rows (no {MANIFEST_FILE}): choose another data.dir")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _begin(config, work, lock_file)
-    with try_lock(lock_file, wait=True, shared=True):
-        if not _is_prepared(config, folder):
-            work.mkdir(exist_ok=True)
-            _prepare(config, work, folder)
+    benchmark_files = tuple(corpus.expand_globs(as_paths(config.data.benchmark_files)))
+    inputs = shards.input_shards(config.data, benchmark_files)
+    plan = Plan(config, folder, work, inputs, benchmark_files)
+    begun = False
+    while not begun:
+        with share_lock(lock_file, plan.begin) as alone:
+            # What another one began may be gone with its end.
+            begun = plan.has_begun()
+            if begun and not alone:
+                logger.info("rows: another process prepares %s; sharing the work", folder)
+            if begun and not _is_prepared(config, folder):
+                _prepare(plan)
     if folder.exists():
         _remove_work(work, lock_file)
 
@@ -83,34 +78,6 @@ def _remove_work(work: Path, lock_file: Path) -> None:
                 shutil.rmtree(work, ignore_errors=True)
 
 
-def _begin(config: Config, work: Path, lock_file: Path) -> None:
-    """Writes what is being prepared, or joins others who prepare the same."""
-    path = work / "settings.json"
-    wanted = _settings(config) | {
-        "n_positions": config.model.n_positions,
-        "vocab_size": config.model.vocab_size,
-        "tokenizer": config.data.tokenizer,
-    }
-    with try_lock(lock_file, wait=False) as alone:
-        if alone:
-            if not work.exists():
-                logger.info(
-                    "rows: preparing them from data.source %s; unfinished work lies in %s", config.data.source, work
-                )
-            work.mkdir(exist_ok=True)
-            replace_file(path, json.dumps(wanted).encode())
-            return
-    logger.info("rows: another process prepares %s; sharing the work", work)
-    with contextlib.suppress(FileNotFoundError, ValueError):  # it has just ended
-        begun = json.loads(path.read_bytes())
-        for name, value in wanted.items():
-            if begun.get(name) != value:
-                raise UserError(
-                    f"another process prepares these rows with {name} {begun.get(name)}, and this configuration has "
-                    f"{value}: wait for it to end, or choose another data.dir"
-                )
-
-
 def _is_prepared(config: Config, folder: Path) -> bool:
     if not (folder / MANIFEST_FILE).is_file():
         return False
@@ -119,55 +86,20 @@ def _is_prepared(config: Config, folder: Path) -> bool:
     return True
 
 
-def _settings(config: Config) -> dict[str, Any]:
-    """The settings that decide what the rows are, as JSON would read them back."""
-    values = {name: getattr(config.data, name) for name in _DATA_SETTINGS[config.data.source]}
-    for name in _PATHS:
-        if name in values:
-            values[name] = as_paths(values[name])
-    return json.loads(json.dumps(values))
-
-
-def check_manifest(config: Config, manifest: dict[str, Any], folder: Path) -> None:
-    """Raises: UserError: the rows of a folder are not those that a configuration asks for."""
-    have, want = manifest["settings"], _settings(config)
-    # Rows prepared before may be used without saying again what from.
-    unsaid = {name for name in _PATHS if not want.get(name)}
-    if not want.get("train_files"):
-        unsaid |= {"eval_fraction", "contaminated"}
-    differing = [name for name in want if name not in unsaid and have.get(name) != want[name]]
-    if differing:
-        name = differing[0]
-        raise UserError(
-            f"{folder} was prepared with data.{name} {have.get(name)}, and this configuration has {want[name]}: "
-            f"{_OTHER_FOLDER}"
-        )
-    if config.data.tokenizer and load_tokenizer(config.data.tokenizer).fingerprint != manifest["tokenizer_sha256"]:
-        raise UserError(f"{folder} was prepared with another tokenizer than {config.data.tokenizer}: {_OTHER_FOLDER}")
-    for name, here in (("n_positions", config.model.n_positions), ("vocab_size", config.model.vocab_size)):
-        if manifest[name] != here:
-            raise UserError(
-                f"{folder} was prepared with model.{name} {manifest[name]}, and this configuration has {here}: "
-                f"{_OTHER_FOLDER}"
-            )
-
-
-def _prepare(config: Config, work: Path, folder: Path) -> None:
-    data = config.data
-    benchmark_files = tuple(corpus.expand_globs(as_paths(data.benchmark_files)))
-    inputs = shards.input_shards(data, benchmark_files)
+def _prepare(plan: Plan) -> None:
+    config, data, work, inputs = plan.config, plan.config.data, plan.work, plan.inputs
     _check_tokenizer(config)
 
     # ---- 1: index
-    benchmarks = shards.read_benchmarks(benchmark_files) if benchmark_files else None
-    fingerprint = benchmarks.fingerprint if benchmarks else ""
+    benchmarks = shards.read_benchmarks(plan.benchmark_files) if plan.benchmark_files else None
+    looked_for = benchmarks.digest() if benchmarks else ""
     index_tasks = [
         Task(
             work,
             f"index-{shard}",
-            shards.digest([FORMAT, shard.key, fingerprint if shard.split == "train" else ""]),
+            shards.digest([FORMAT, shard.key, looked_for if shard.split == "train" else ""]),
             shard.size,
-            functools.partial(shards.index, shard, benchmark_files, work),
+            functools.partial(shards.index, shard, plan.benchmark_files, work),
         )
         for shard in inputs
     ]
@@ -175,11 +107,12 @@ def _prepare(config: Config, work: Path, folder: Path) -> None:
     _check_text(config, inputs, read)
 
     # ---- 2: choose
-    decided_by = [task.key for task in index_tasks] + [_settings(config)]
+    decided_by = [task.key for task in index_tasks] + [data_settings(config)]
     choose_task = Task(
         work, "choice", shards.digest(decided_by), 0, functools.partial(_choose, config, inputs, read, work)
     )
     chosen = tasks.run("choosing documents", [choose_task], 1)[0]["shards"]
+    _check_choice(config, chosen)
 
     # ---- 3: tokenizer
     tokenizer_folder = work / "tokenizer"
@@ -200,17 +133,18 @@ def _prepare(config: Config, work: Path, folder: Path) -> None:
     encoded = tasks.run("encoding rows", encode_tasks, data.processes)
 
     # ---- 5: finish
-    made = finish.Prepared(config, _settings(config), inputs, read, chosen, encoded)
+    made = finish.Prepared(config, data_settings(config), inputs, read, chosen, encoded)
     if benchmarks:
-        made.contamination = choice.contamination_report(inputs, read, benchmarks) | {"action": data.contaminated}
+        made.contamination = choice.contamination_report(inputs, read, benchmarks, work)
+        made.contamination["action"] = data.contaminated
     with try_lock(work / "finish.lock", wait=True):
-        if not _is_prepared(config, folder):
+        if not _is_prepared(config, plan.folder):
             complete = work / "complete"
             shutil.rmtree(complete, ignore_errors=True)
             complete.mkdir()
             finish.finish(made, work, complete)
-            complete.replace(folder)
-            finish.log_summary(read_manifest(folder))
+            complete.replace(plan.folder)
+            finish.log_summary(read_manifest(plan.folder))
 
 
 def _check_tokenizer(config: Config) -> None:
@@ -233,13 +167,19 @@ def _check_text(config: Config, inputs: list[Shard], read: list[dict[str, Any]])
         for shard, result in zip(inputs, read, strict=True):
             if shard.split == split and result["bad_fraction"] > data.max_bad_fraction:
                 broken = {name: count for name, count in result["dropped"].items() if name in BROKEN}
-                logger.warning("rows: %.1f%% of %s is broken: %s", 100 * result["bad_fraction"], shard.files[0], broken)
+                logger.warning("rows: %.1f%% of %s is broken: %s", 100 * result["bad_fraction"], shard.name, broken)
         if results and data.source != "synthetic" and not report.documents:
-            first = next(shard for shard in inputs if shard.split == split).files[0]
+            first = next(shard for shard in inputs if shard.split == split).name
             text = "text" if split == "train" else "text to evaluate on"
             sets = f"; data.pile_sets is {list(data.pile_sets)}" if data.source in ("pile", "parquet") else ""
             dropped = dict(report.dropped)
             raise UserError(f"no {text} in data.{split}_files ({first}, ...): left out are {dropped}{sets}")
+
+
+def _check_choice(config: Config, chosen: list[dict[str, Any]]) -> None:
+    if config.data.source != "synthetic" and not any(result["train_bytes"] for result in chosen):
+        left_out = sum((Counter(result["dropped"]) for result in chosen), Counter[str]())
+        raise UserError(f"no document of data.train_files is left to train on: left out are {dict(left_out)}")
 
 
 def _choose(

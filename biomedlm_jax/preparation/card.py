@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from biomedlm_jax.corpus import PUBMED_SETS, shown
+from biomedlm_jax.corpus.jats import LANGUAGES
+
 CARD_FILE = "README.md"
 FIGURE_FILE = "document_lengths.png"
 # Input files that the card lists.
@@ -20,7 +23,8 @@ _FORMATS = {
 
 def write(manifest: dict[str, Any], folder: Path) -> None:
     """Writes README.md, in the form of a Hugging Face data set card, and its figure."""
-    (folder / CARD_FILE).write_text(render(manifest))
+    # Names of files need not be UTF-8.
+    (folder / CARD_FILE).write_text(render(manifest), encoding="utf-8", errors="backslashreplace")
     _draw(manifest, folder / FIGURE_FILE)
 
 
@@ -28,9 +32,10 @@ def render(manifest: dict[str, Any]) -> str:
     """The card in Markdown."""
     settings, splits = manifest["settings"], manifest["splits"]
     sections = [
-        "---\nlanguage: en\ntask_categories: [text-generation]\ntags: [biology, medical, gpt2]\n---",
+        f"---\n{_language(settings)}task_categories: [text-generation]\ntags: [biology, medical, gpt2]\n---",
         f"# Rows of {manifest['n_positions']} token ids",
-        f"Made by biomedlm_jax from {_FORMATS[settings['source']]}:\n\n    {manifest['command']}",
+        f"Made by biomedlm_jax {manifest['version']} from {_FORMATS[settings['source']]}:\n\n"
+        f"    {shown(manifest['command'])}",
         "## What is in it",
         _table(
             ["split", "documents", "bytes of text", "tokens", "rows", "bytes a token"],
@@ -49,7 +54,8 @@ def render(manifest: dict[str, Any]) -> str:
         ),
         f"![Lengths of documents]({FIGURE_FILE})",
         f"Each document is followed by id {manifest['eos_id']}, `<|endoftext|>`. The tokenizer, in `tokenizer/`, has "
-        f"{manifest['vocab_size']:,} words; its SHA-256 is `{manifest['tokenizer_sha256']}`.",
+        f"{manifest['vocab_size']:,} words ({shown(manifest['tokenizer'])}); its SHA-256 is "
+        f"`{manifest['tokenizer_sha256']}`.",
         f"{splits['train']['tokens_left_over']} ids at the end of the training text are in no row.",
         "## What was left out",
         _dropped(manifest),
@@ -63,28 +69,42 @@ def render(manifest: dict[str, Any]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def _language(settings: dict[str, Any]) -> str:
+    """A line of the card's header, for what is known of it."""
+    if settings["source"] == "synthetic" or set(settings.get("pile_sets", ())) & set(PUBMED_SETS):
+        return "language: en\n"
+    two_letters = {three: two for two, three in LANGUAGES.items()}
+    codes = [two_letters.get(code, code) for code in settings.get("languages", ())]
+    return f"language: [{', '.join(codes)}]\n" if codes else ""
+
+
 def _ratio(counts: dict[str, Any]) -> str:
     return f"{counts['bytes'] / counts['tokens']:.3f}" if counts["tokens"] else "-"
 
 
 def _table(header: list[str], rows: list[list[Any]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(
-        "| " + " | ".join(f"{x:,}" if isinstance(x, int) else str(x) for x in line) + " |" for line in lines
-    )
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else shown(str(value)).replace("|", "\\|")
 
 
 def _dropped(manifest: dict[str, Any]) -> str:
+    replaced = manifest["replaced_surrogates"]
+    surrogates = f"\n\n{replaced:,} lone surrogates became U+FFFD." if replaced else ""
     if not manifest["dropped"]:
-        return "Nothing."
+        return "Nothing." + surrogates
     examples: dict[str, str] = {}
     for shard in manifest["shards"]:
         for reason, places in shard["samples"].items():
             examples.setdefault(reason, places[0])
-    return _table(
+    table = _table(
         ["reason", "records", "for instance"],
         [[reason, count, examples.get(reason, "")] for reason, count in manifest["dropped"].items()],
     )
+    return table + surrogates
 
 
 def _held_out(settings: dict[str, Any]) -> str:
@@ -93,7 +113,7 @@ def _held_out(settings: dict[str, Any]) -> str:
     if settings["eval_fraction"]:
         return f"Held out is {settings['eval_fraction']:.3%} of the documents, chosen by a hash of their text."
     if settings["eval_files"]:
-        files = ", ".join(settings["eval_files"])
+        files = ", ".join(map(shown, settings["eval_files"]))
         return f"Held out are the files {files}; no training document is equal to one of theirs."
     return "Nothing is held out."
 
@@ -102,10 +122,21 @@ def _contamination(manifest: dict[str, Any]) -> str:
     found = manifest["contamination"]
     if found is None:
         return "Training text was not compared with benchmarks (`data.benchmark_files`)."
-    left = "left out" if found["action"] == "drop" else "kept, and reported here"
-    return f"Training documents that share 13 words in a row with a text of a benchmark were {left}:\n\n" + _table(
-        ["benchmark", "training documents", "for instance"],
-        [[file, found["documents"].get(file, 0), (found["samples"].get(file) or [""])[0]] for file in found["files"]],
+    return (
+        f"Looked for were documents that share {found['n_words']} words in a row with a text of a benchmark, or all "
+        f"words of a text of {found['min_words']} to {found['n_words'] - 1}; shorter texts were not. They are "
+        + ("left out" if found["action"] == "drop" else "kept, and reported here")
+        + ":\n\n"
+        + _table(
+            ["benchmark", "records", "none of their texts long enough", "texts looked for", "too short"]
+            + ["documents left out", "kept for training", "held out", "for instance"],
+            [
+                [file, counts["records"], counts["records_without_texts"], counts["texts"], counts["too_short"]]
+                + [found[outcome].get(file, 0) for outcome in ("left_out", "kept", "held_out")]
+                + [(found["samples"].get(file) or [""])[0]]
+                for file, counts in found["files"].items()
+            ],
+        )
     )
 
 
@@ -118,7 +149,7 @@ def _files(manifest: dict[str, Any]) -> str:
         [
             [
                 shard["setting"],
-                ", ".join(shard["files"]),
+                _names(shard["files"]),
                 shard["file_bytes"],
                 shard["documents"],
                 shard["documents_sha256"][:16],
@@ -127,6 +158,10 @@ def _files(manifest: dict[str, Any]) -> str:
         ],
     )
     return text + (f"\n\nand {len(shards) - _MAX_FILES} more in manifest.json" if len(shards) > _MAX_FILES else "")
+
+
+def _names(files: list[str]) -> str:
+    return files[0] if len(files) == 1 else f"{files[0]} to {files[-1]} ({len(files)})"
 
 
 def _draw(manifest: dict[str, Any], path: Path) -> None:

@@ -14,7 +14,7 @@ from biomedlm_jax.config import DataConfig
 from biomedlm_jax.contamination import Benchmarks
 from biomedlm_jax.corpus import MAX_SAMPLES, shown
 from biomedlm_jax.errors import UserError
-from biomedlm_jax.preparation.shards import SPLITS, Shard, load_index, save_array
+from biomedlm_jax.preparation.shards import SPLITS, Shard, load_choice, load_index, save_array
 
 logger = logging.getLogger(__name__)
 
@@ -137,14 +137,14 @@ def _check_held_out(indexes: Indexes, choice: np.ndarray, both: np.ndarray) -> N
         file = indexes.name(start + int(np.argmax(found)))
         if found.all():
             raise UserError(
-                f"all {end - start} documents of data.eval_files {shard.files[0]} are in data.train_files, too "
+                f"all {end - start} documents of data.eval_files {shard.name} are in data.train_files, too "
                 f"({file} is {twin}): take one of them out"
             )
         logger.warning(
             "rows: %d documents of data.eval_files %s are in data.train_files, too (%s is %s): they are left out of "
             "the training rows",
             found.sum(),
-            shard.files[0],
+            shard.name,
             file,
             twin,
         )
@@ -198,16 +198,27 @@ def _explain(indexes: Indexes, reason: int, place: int, kept: np.ndarray, kept_h
 
 
 def contamination_report(
-    shards: Sequence[Shard], results: Sequence[dict[str, Any]], benchmarks: Benchmarks
+    shards: Sequence[Shard], results: Sequence[dict[str, Any]], benchmarks: Benchmarks, folder: Path
 ) -> dict[str, Any]:
-    """How many training documents share words with each benchmark file, with samples."""
-    documents: Counter[str] = Counter()
+    """What became of documents that share words with benchmarks, by the choice in `folder`.
+
+    Returns:
+      By benchmark file: 'left_out', 'kept' for training, and 'held_out' documents, those left out for other reasons
+      not counted; 'samples' of all three; and what `Benchmarks.report` says.
+    """
+    outcomes = {CONTAMINATED: "left_out", TRAIN: "kept", EVAL: "held_out"}
+    counts: dict[str, Counter[str]] = {outcome: Counter() for outcome in outcomes.values()}
     samples: dict[str, list[str]] = {}
     for shard, result in zip(shards, results, strict=True):
+        if not result["contaminated"]:
+            continue
+        choice = load_choice(shard, folder)
         for place, texts in result["contaminated"]:
+            if choice[place] not in outcomes:
+                continue
             for file in sorted({benchmarks.texts[text].file for text in texts}):
-                documents[file] += 1
+                counts[outcomes[choice[place]]][file] += 1
                 if len(samples.setdefault(file, [])) < MAX_SAMPLES:
                     text = next(text for text in texts if benchmarks.texts[text].file == file)
-                    samples[file].append(f"{benchmarks.texts[text].place} in {_name(shard, result, place)}")
-    return json.loads(json.dumps({"documents": documents, "samples": samples} | benchmarks.report()))
+                    samples[file].append(f"{shown(benchmarks.texts[text].place)} in {_name(shard, result, place)}")
+    return json.loads(json.dumps(counts | {"samples": samples} | benchmarks.report()))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from biomedlm_jax.config import Config
-from biomedlm_jax.corpus import MAX_SAMPLES, ReadReport
+from biomedlm_jax.corpus import MAX_SAMPLES, ReadReport, shown
 from biomedlm_jax.errors import UserError
 from biomedlm_jax.preparation import card
 from biomedlm_jax.preparation.shards import SPLITS, Shard
@@ -25,9 +26,6 @@ from biomedlm_jax.rows import FORMAT, MANIFEST_FILE, RowWriter, features, file_t
 from biomedlm_jax.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
-
-# Files of a shard that the manifest names one by one.
-_MAX_FILES = 10
 
 
 @dataclasses.dataclass
@@ -77,13 +75,17 @@ def finish(made: Prepared, work: Path, folder: Path) -> None:
     manifest = {
         "format": FORMAT,
         "command": shlex.join(["python", "-m", _module(), *sys.argv[1:]]),
+        "working_directory": os.getcwd(),
+        "version": importlib.metadata.version("biomedlm_jax"),
         "settings": made.settings,
         "n_positions": made.config.model.n_positions,
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
+        "tokenizer": made.config.data.tokenizer or "trained on this text",
         "tokenizer_sha256": tokenizer.fingerprint,
         "splits": splits,
         "dropped": _total_dropped(made),
+        "replaced_surrogates": sum(result["replaced_surrogates"] for result in made.read),
         "contamination": made.contamination,
         "shards": [
             _describe(*of_shard) for of_shard in zip(made.shards, made.read, made.chosen, made.encoded, strict=True)
@@ -198,10 +200,9 @@ def _total_dropped(made: Prepared) -> dict[str, int]:
 
 def _describe(shard: Shard, read: dict[str, Any], chosen: dict[str, Any], encoded: dict[str, Any]) -> dict[str, Any]:
     """What the manifest says of a shard."""
-    files = list(shard.files) if len(shard.files) <= _MAX_FILES else [shard.files[0], "...", shard.files[-1]]
     return {
-        "setting": f"{shard.split}_files" if files else "synthetic_documents",
-        "files": files or [f"documents {shard.synthetic[0]} to {shard.synthetic[1] - 1}"],
+        "setting": f"{shard.split}_files" if shard.files else "synthetic_documents",
+        "files": list(shard.files) or [f"documents {shard.synthetic[0]} to {shard.synthetic[1] - 1}"],
         "file_count": len(shard.files),
         "file_bytes": shard.size if shard.files else 0,
         "documents": read["documents"],
@@ -236,12 +237,29 @@ def log_summary(manifest: dict[str, Any]) -> None:
         logger.info(
             "rows: left out: %s", ", ".join(f"{count} {reason}" for reason, count in manifest["dropped"].items())
         )
-    found = manifest["contamination"] or {"documents": {}}
-    for file, count in found["documents"].items():
-        logger.warning(
-            "rows: %d training documents share words with the benchmark %s (%s, ...): they are %s",
-            count,
-            file,
-            found["samples"][file][0],
-            "left out" if found["action"] == "drop" else "kept (data.contaminated: report)",
-        )
+    found = manifest["contamination"]
+    for file, counts in found["files"].items() if found else ():
+        outcomes = [
+            f"{found[name][file]} are {what}"
+            for name, what in (
+                ("left_out", "left out"),
+                ("kept", "kept for training (data.contaminated: report)"),
+                ("held_out", "held out"),
+            )
+            if file in found[name]
+        ]
+        if outcomes:
+            logger.warning(
+                "rows: documents share words with the benchmark %s (%s, ...): %s",
+                shown(file),
+                found["samples"][file][0],
+                ", ".join(outcomes),
+            )
+        if counts["records_without_texts"]:
+            logger.warning(
+                "rows: %d of the %d records of the benchmark %s were not looked for: they have no text of %d words",
+                counts["records_without_texts"],
+                counts["records"],
+                shown(file),
+                found["min_words"],
+            )

@@ -58,6 +58,11 @@ class Shard:
         return f"{self.number:05}"
 
     @property
+    def name(self) -> str:
+        """Its first file, as messages show it, or document."""
+        return corpus.shown(self.files[0]) if self.files else f"document {self.synthetic[0]}"
+
+    @property
     def key(self) -> str:
         """Hash of all that its documents depend on."""
         return digest(dataclasses.asdict(self))
@@ -219,6 +224,11 @@ def load_index(shard: Shard, folder: Path) -> np.ndarray:
     return np.load(folder / f"index-{shard}.npy")
 
 
+def load_choice(shard: Shard, folder: Path) -> np.ndarray:
+    """What was decided of each document: numbers of `choice.REASONS`."""
+    return np.load(folder / f"choice-{shard}.npy")
+
+
 def save_array(path: Path, array: np.ndarray) -> None:
     """Writes an array that is complete when it is there."""
     content = io.BytesIO()
@@ -232,10 +242,9 @@ def _chosen(shard: Shard, folder: Path, advance: Advance) -> Iterator[tuple[int,
     Raises:
       UserError: the text is not what was indexed.
     """
-    hashes, choice = load_index(shard, folder)["hash"], np.load(folder / f"choice-{shard}.npy")
-    changed = UserError(
-        f"{', '.join(shard.files[:3])} changed while rows were prepared from it: start the same command again"
-    )
+    hashes, choice = load_index(shard, folder)["hash"], load_choice(shard, folder)
+    names = ", ".join(map(corpus.shown, shard.files[:3]))
+    changed = UserError(f"{names} changed while rows were prepared from it: start the same command again")
     position = -1
     for position, (_, document) in enumerate(shard.read(ReadReport(), advance)):
         if position >= len(hashes) or text_hash(document.text.encode()) != hashes[position]:

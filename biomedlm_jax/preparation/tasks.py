@@ -96,9 +96,12 @@ def run(description: str, tasks: Sequence[Task], processes: int) -> list[dict[st
         if errors:
             others = f" (and so with {len(errors) - 1} more: {errors[1]}, ...)" if len(errors) > 1 else ""
             raise UserError(f"{errors[0]}{others}")
-    results = [task.result() for task in tasks]
-    assert None not in results
-    return results  # type: ignore[return-value]
+    results = [result for task in tasks if (result := task.result()) is not None]
+    if len(results) < len(tasks):
+        raise UserError(
+            f"{description}: another process made the same from other input meanwhile: start the same command again"
+        )
+    return results
 
 
 def _cores() -> int:

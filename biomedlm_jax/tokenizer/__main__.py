@@ -32,7 +32,7 @@ def _corpus_texts(files: Sequence[str]) -> Iterator[str]:
     first = next(texts, None)
     if first is None:
         raise UserError(
-            f"no text to train on in {', '.join(files[:3])}{', ...' if len(files) > 3 else ''}: "
+            f"no text to train on in {', '.join(map(corpus.shown, files[:3]))}{', ...' if len(files) > 3 else ''}: "
             f"records left out are {dict(report.dropped)}"
         )
     return chain([first], texts)
