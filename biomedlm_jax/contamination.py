@@ -65,7 +65,7 @@ class _FoldedCharacters(dict[str, str]):
         folded = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", character).casefold())
         # Accents and invisible characters (soft hyphens) vanish, so that composed and decomposed letters are equal.
         kept = (c for c in folded if unicodedata.category(c)[0] != "M" and unicodedata.category(c) != "Cf")
-        self[character] = "".join(c if c.isalnum() else " " for c in kept)
+        self[character] = "".join(c if c.isalnum() else " " for c in kept) if character != "\u200b" else " "
         return self[character]
 
 

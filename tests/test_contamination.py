@@ -39,7 +39,7 @@ def numbered(first: int, end: int) -> str:
 
 def plain_words(text: str) -> tuple[str, ...]:
     """Words by Unicode's own definitions, over the whole text."""
-    folded = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())
+    folded = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text.replace("\u200b", " ")).casefold())
     kept = "".join(c for c in folded if unicodedata.category(c)[0] != "M" and unicodedata.category(c) != "Cf")
     return tuple(re.findall(r"[^\W_]+", kept))
 
@@ -214,6 +214,14 @@ def test_the_hash_seed_of_a_process_makes_no_difference(tmp_path):
     ]
     found = index.find_all(documents)
     assert outputs == [f"{[index.fingerprint, found, found]}\n"] * 2
+
+
+def test_spaces_of_no_width_separate_words(tmp_path):
+    text = "Which of the following enzymes is most likely to be deficient in this otherwise healthy child?"
+    index = index_of(tmp_path, [text])
+    for space in ("\u200b", "\u00a0", "\u2009", "\u3000"):
+        assert index.find("And " + text.replace(" ", space)) == [0], space
+    assert index.find("And " + text.replace("enzymes", "en\u00adzy\u2060mes")) == [0]
 
 
 def test_a_fingerprint_is_kept_by_later_versions(tmp_path):

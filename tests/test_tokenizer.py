@@ -445,7 +445,7 @@ def test_command_says_why_there_is_no_text(tmp_path):
     (tmp_path / "00.jsonl").write_text(json.dumps({"text": "a", "meta": {"pile_set_name": "Github"}}))
     result = command("train", "--input", tmp_path / "00.jsonl", "--output", tmp_path / "made")
     assert result.returncode == 2
-    assert "no text to train on" in result.stderr and "another set" in result.stderr
+    assert "no text in" in result.stderr and "another set" in result.stderr
     assert not (tmp_path / "made").exists()
 
 

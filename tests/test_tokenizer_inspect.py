@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tokenizer_texts import corpus
 
@@ -82,7 +84,8 @@ def test_words_and_bytes_beside_gpt2(folder, gpt2_kind, tmp_path):
     records.append({"text": "zinc", "meta": {"pile_set_name": "Github"}})
     (tmp_path / "00.jsonl").write_text("\n".join(map(json.dumps, records)))
     output = inspect(folder, "zinc", "--gpt2", gpt2_kind, "--data", tmp_path / "*.jsonl")
-    words, sizes = output.split("\n\n")
+    words, sizes, left_out = output.split("\n\n")
+    assert left_out == f"left out: 1 another set ({tmp_path / '00.jsonl'}:4)\n"
     *table, ours, theirs = words.splitlines()
     header, at_start, after_space = columns("\n".join(table))
     assert header == ["text", "count", "tokens", "pieces", "ids", "GPT-2 tokens", "GPT-2 pieces", "GPT-2 ids"]
@@ -124,6 +127,39 @@ def test_mistakes(folder, tmp_path):
     record = {"text": "zinc", "meta": {"pile_set_name": "Github"}}
     (tmp_path / "00.jsonl").write_text(json.dumps(record))
     assert "no text in" in inspect(folder, "--data", tmp_path / "00.jsonl", status=2)
+
+
+def test_any_format_and_field_is_read(folder, tmp_path):
+    pq.write_table(pa.table({"body": ["immunology of zinc"]}), tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"body": "zinc"}))
+    data = ("--data", tmp_path / "*.*", "--text-field", "body", "--pile-sets")
+    *_, total = columns(inspect(folder, *data))
+    assert total[:3] == ["all", "2", "22"]
+    assert "set data.pile_sets" in inspect(folder, "--data", tmp_path / "a.parquet", "--text-field", "body", status=2)
+
+
+def train(*args) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "biomedlm_jax.tokenizer", "train", *map(str, args), "--vocab-size", "400"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_training_counts_what_it_leaves_out_once(tmp_path):
+    """Also where there are no abstracts, and the files are read twice."""
+    for name in ("PubMed Abstracts", "PubMed Central"):
+        path = tmp_path / f"{name.split()[1]}.jsonl"
+        records = [{"text": text, "meta": {"pile_set_name": name}} for text in corpus()[:50]]
+        records.append({"text": "x", "meta": {"pile_set_name": "Github"}})
+        path.write_text("\n".join(map(json.dumps, records)))
+        done = train("--input", path, "--output", tmp_path / path.stem)
+        assert done.returncode == 0, done.stderr
+        assert f"left out: 1 another set ({path}:51)" in done.stdout
+    path.write_text("\n".join(corpus()[:50]))
+    assert train("--input", path, "--output", tmp_path / "broken").returncode == 2
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"body": text}) for text in corpus()[:50]))
+    options = ["--input", tmp_path / "text.jsonl", "--output", tmp_path / "made", "--pile-sets", "--text-field"]
+    assert train(*options, "body").returncode == 0
+    broken = train("--input", path, "--output", tmp_path / "broken")
+    assert "100.0% of the records are broken" in broken.stderr and not (tmp_path / "broken").exists()
 
 
 def test_columns_are_aligned_also_for_wide_characters_and_marks():

@@ -6,40 +6,60 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 
+from biomedlm_jax.config import DataConfig
+from biomedlm_jax.corpus import Document, ReadReport, Selection, expand_globs, read_mixed, shown, tokenizer_texts
 from biomedlm_jax.errors import UserError, run_command
-from biomedlm_jax.tokenizer import PUBLISHED_VOCAB_SIZE, export_tokenizer, load_tokenizer, train_tokenizer
+from biomedlm_jax.tokenizer import (
+    PUBLISHED_VOCAB_SIZE,
+    TRAINING_BYTES,
+    export_tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
 
 
 def _train(args: argparse.Namespace) -> None:
-    from biomedlm_jax import corpus
-
     if any(Path(args.output, name).exists() for name in ("tokenizer.model", "vocab.json")):
         raise UserError(f"{args.output} already holds a tokenizer; choose another --output, or remove it")
-    files = corpus.expand_globs(args.input)
-    tokenizer = train_tokenizer(_corpus_texts(files), args.vocab_size, args.output)
+    reading = _Reading(args.input, args)
+    tokenizer = train_tokenizer(tokenizer_texts(reading.documents), args.vocab_size, args.output)
+    if reading.left_out:
+        print(reading.left_out)
     print(f"{args.output}: {tokenizer.vocab_size} tokens, fingerprint {tokenizer.fingerprint[:16]}")
 
 
-def _corpus_texts(files: Sequence[str]) -> Iterator[str]:
-    """The abstracts of `files`, which the published tokenizer was trained on; if there are none, all of their text."""
-    from biomedlm_jax import corpus
+class _Reading:
+    """Files, and what was left out of them when they were read last."""
 
-    report = corpus.ReadReport()
-    texts = corpus.tokenizer_texts(lambda: corpus.read_mixed(files, report))
-    first = next(texts, None)
-    if first is None:
-        raise UserError(
-            f"no text to train on in {', '.join(map(corpus.shown, files[:3]))}{', ...' if len(files) > 3 else ''}: "
-            f"records left out are {dict(report.dropped)}"
-        )
-    return chain([first], texts)
+    def __init__(self, patterns: Sequence[str], args: argparse.Namespace):
+        self._files = expand_globs(patterns)
+        self._selection = Selection(tuple(args.pile_sets), args.text_field, tuple(args.languages))
+        self._report = ReadReport()
+
+    def documents(self) -> Iterator[Document]:
+        """All documents.
+
+        Raises:
+          UserError: at the end, if too many records were broken or no text was there.
+        """
+        self._report = ReadReport()
+        yield from read_mixed(self._files, self._report, self._selection)
+        self._report.check(DataConfig.max_bad_fraction)
+        if not self._report.documents:
+            names = ", ".join(map(shown, self._files[:3])) + (", ..." if len(self._files) > 3 else "")
+            raise UserError(f"no text in {names}: records left out are {dict(self._report.dropped)}")
+
+    @property
+    def left_out(self) -> str:
+        """In a line, with the first place of each reason; empty if nothing was."""
+        report = self._report
+        reasons = (f"{count:,} {reason} ({report.samples[reason][0]})" for reason, count in report.dropped.items())
+        return f"left out: {', '.join(reasons)}" if report.dropped else ""
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from biomedlm_jax import corpus
     from biomedlm_jax.tokenizer import inspection
 
     if not args.words and not args.data:
@@ -49,11 +69,8 @@ def _inspect(args: argparse.Namespace) -> None:
         tokenizers["GPT-2"] = load_tokenizer(args.gpt2)
     measured = None
     if args.data:
-        report = corpus.ReadReport()
-        documents = corpus.read_mixed(corpus.expand_globs(args.data), report)
-        measured = inspection.measure(documents, args.words, tokenizers)
-        if not measured.sources:
-            raise UserError(f"no text in {' '.join(args.data)}: records left out are {dict(report.dropped)}")
+        reading = _Reading(args.data, args)
+        measured = inspection.measure(reading.documents(), args.words, tokenizers)
     # A terminal of another encoding than UTF-8 shows what it can.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     tables = []
@@ -61,6 +78,8 @@ def _inspect(args: argparse.Namespace) -> None:
         tables.append(inspection.words_table(args.words, tokenizers, measured))
     if measured:
         tables.append(inspection.bytes_table(measured, tokenizers))
+        if reading.left_out:
+            tables.append(reading.left_out)
     try:
         print("\n\n".join(tables), flush=True)
     except BrokenPipeError:  # `| head` has seen enough, and Python's last flush must not fail as well
@@ -78,6 +97,27 @@ def _export(args: argparse.Namespace) -> None:
     print(f"{args.output}: {tokenizer.vocab_size} tokens, for AutoTokenizer.from_pretrained")
 
 
+def _add_selection(parser: argparse.ArgumentParser) -> None:
+    default = DataConfig()
+    parser.add_argument(
+        "--pile-sets",
+        nargs="*",
+        default=default.pile_sets,
+        metavar="SET",
+        help="The Pile's sets to keep, of JSON lines and Parquet; none keeps every record, also without that name",
+    )
+    parser.add_argument(
+        "--text-field", default=default.text_field, metavar="NAME", help="of the text, in JSON lines and Parquet"
+    )
+    parser.add_argument(
+        "--languages",
+        nargs="*",
+        default=default.languages,
+        metavar="CODE",
+        help="of PubMed XML and JATS to keep, in NLM's codes; none keeps all",
+    )
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m biomedlm_jax.tokenizer", description="Tokenizers.")
@@ -89,9 +129,10 @@ def main() -> None:
         nargs="+",
         required=True,
         metavar="GLOB",
-        help="files of The Pile's JSON lines (.jsonl, .jsonl.gz, .jsonl.zst) or of plain text; only "
-        "PubMed abstracts are used where there are any",
+        help="files or URLs of any format that prepare reads, told apart by name and content; only PubMed abstracts "
+        f"are used where there are any, and the first {TRAINING_BYTES // 10**6} MB (prepare takes a sample of all)",
     )
+    _add_selection(train)
     train.add_argument("--output", required=True, metavar="DIR", help="folder to write tokenizer.model to")
     train.add_argument("--vocab-size", type=int, default=PUBLISHED_VOCAB_SIZE, metavar="N", help="number of tokens")
     train.set_defaults(run=_train)
@@ -111,6 +152,7 @@ def main() -> None:
         metavar="GLOB",
         help="files, as of train, in which to count the words and the bytes a token",
     )
+    _add_selection(inspect)
     inspect.set_defaults(run=_inspect)
     export = commands.add_parser("export", help="write Hugging Face's files", formatter_class=formatter)
     export.add_argument("directory", metavar="DIR", help="folder of a tokenizer")
