@@ -422,7 +422,7 @@ def summary(report: dict[str, Any]) -> dict[str, float]:
 def draw(report: dict[str, Any], path: Path) -> None:
     import matplotlib.figure
 
-    figure = matplotlib.figure.Figure(figsize=(8, 2.8), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(8, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
     names = {"ours": "biomedlm_jax", "theirs": "datasets + tokenizers"}
     for axes, bars, label in (
@@ -433,7 +433,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
                 for name, found in report["prepare"].items()
                 for _, who, processes in [name.split("_")]
             ],
-            "MB of text a second and core, text to rows",
+            "MB of text a second and core,\ntext to rows",
         ),
         (
             right,
@@ -441,7 +441,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
                 (title, _median(report["read"][f"read_{who}"], "tokens_per_s") / 1e6, who)
                 for who, title in (("ours", "biomedlm_jax"), ("theirs", "NumPy memmap"))
             ],
-            "million tokens a second, rows to batches, one process",
+            "million tokens a second, one process,\nrows to batches",
         ),
     ):
         shown = axes.barh(

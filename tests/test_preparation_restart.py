@@ -157,10 +157,11 @@ def test_killed_while_the_folder_is_put_together(corpus, undisturbed, place, tmp
 
 def test_two_commands_share_the_work(corpus, undisturbed, tmp_path, subprocess_env):
     folder = tmp_path / "rows"
-    both = [
-        subprocess.Popen(command(corpus, folder, number), env=subprocess_env, stderr=subprocess.PIPE, text=True)
-        for number in (1, 2)
-    ]
+    both = []
+    for number in (1, 2):
+        line = command(corpus, folder, number)
+        both.append(subprocess.Popen(line, env=subprocess_env, stderr=subprocess.PIPE, text=True))
+        wait_for((tmp_path / ".rows.partial" / "settings.json").exists, both[0])
     said = [process.communicate(timeout=120)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert sum("sharing the work" in text for text in said) == 1, said
