@@ -8,8 +8,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from etils import epy
+
 from biomedlm_jax.config import DataConfig
-from biomedlm_jax.corpus import Document, ReadReport, Selection, expand_globs, read_mixed, shown, tokenizer_texts
 from biomedlm_jax.errors import UserError, run_command
 from biomedlm_jax.tokenizer import (
     PUBLISHED_VOCAB_SIZE,
@@ -19,12 +20,16 @@ from biomedlm_jax.tokenizer import (
     train_tokenizer,
 )
 
+# `--help` answers before TensorFlow Datasets is loaded.
+with epy.lazy_imports():
+    from biomedlm_jax import corpus
+
 
 def _train(args: argparse.Namespace) -> None:
     if any(Path(args.output, name).exists() for name in ("tokenizer.model", "vocab.json")):
         raise UserError(f"{args.output} already holds a tokenizer; choose another --output, or remove it")
     reading = _Reading(args.input, args)
-    tokenizer = train_tokenizer(tokenizer_texts(reading.documents), args.vocab_size, args.output)
+    tokenizer = train_tokenizer(corpus.tokenizer_texts(reading.documents), args.vocab_size, args.output)
     if reading.left_out:
         print(reading.left_out)
     print(f"{args.output}: {tokenizer.vocab_size} tokens, fingerprint {tokenizer.fingerprint[:16]}")
@@ -34,21 +39,21 @@ class _Reading:
     """Files, and what was left out of them when they were read last."""
 
     def __init__(self, patterns: Sequence[str], args: argparse.Namespace):
-        self._files = expand_globs(patterns)
-        self._selection = Selection(tuple(args.pile_sets), args.text_field, tuple(args.languages))
-        self._report = ReadReport()
+        self._files = corpus.expand_globs(patterns)
+        self._selection = corpus.Selection(tuple(args.pile_sets), args.text_field, tuple(args.languages))
+        self._report = corpus.ReadReport()
 
-    def documents(self) -> Iterator[Document]:
+    def documents(self) -> Iterator[corpus.Document]:
         """All documents.
 
         Raises:
           UserError: at the end, if too many records were broken or no text was there.
         """
-        self._report = ReadReport()
-        yield from read_mixed(self._files, self._report, self._selection)
+        self._report = corpus.ReadReport()
+        yield from corpus.read_mixed(self._files, self._report, self._selection)
         self._report.check(DataConfig.max_bad_fraction)
         if not self._report.documents:
-            names = ", ".join(map(shown, self._files[:3])) + (", ..." if len(self._files) > 3 else "")
+            names = ", ".join(map(corpus.shown, self._files[:3])) + (", ..." if len(self._files) > 3 else "")
             raise UserError(f"no text in {names}: records left out are {dict(self._report.dropped)}")
 
     @property
