@@ -481,7 +481,7 @@ def main() -> None:
     add("--steps", type=int, default=15, help="timed steps")
     add("--remat", default="matmuls", choices=("none", "matmuls", "full"), help="of ours")
     add("--unroll", type=int, default=0, help="layers in a turn of the loop, of ours; 0 is all")
-    add("--loss-chunk", type=int, default=256, help="of ours")
+    add("--loss-chunk", type=int, default=0, help="of ours")
     add("--profile", default="", metavar="DIR", help="write a profile of two steps of ours here, and the program")
     add("--budget-s", type=float, default=560, help="seconds after which nothing new begins")
     add("--limit-s", type=float, default=180, help="seconds that one case may take")
