@@ -211,7 +211,9 @@ def measure(options: argparse.Namespace) -> None:
     if chip is None or chip.platform != "gpu":
         sys.exit(f"nothing to measure on: {jax.devices()[0].device_kind}")
     count = jax.device_count()
-    config = configuration(count, global_batch_size=options.rows * count, gradient_accumulation_steps=1)
+    config = configuration(
+        count, global_batch_size=options.rows * count, gradient_accumulation_steps=1, loss_chunk=options.loss_chunk
+    )
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, remat=options.remat, unroll=options.unroll)
     )
@@ -219,6 +221,7 @@ def measure(options: argparse.Namespace) -> None:
     command = [sys.executable, "-m", "biomedlm_jax.plan", "--config", str(CONFIG_FILE), "--json"]
     command += ["--target", f"{chip.name}:1x{count}", "--train.global_batch_size", str(options.rows * count)]
     command += ["--model.remat", options.remat, "--model.unroll", str(options.unroll)]
+    command += ["--train.loss_chunk", str(options.loss_chunk)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
     if not result.stdout:
         sys.exit(result.stderr)
@@ -237,10 +240,13 @@ def measure(options: argparse.Namespace) -> None:
         "date": datetime.date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
         "versions": versions(),
+        "settings": predicted["settings"],
         "measured": measured,
         "predicted": predicted,
     }
-    output.write_text(json.dumps(record, indent=1) + "\n")
+    rows = json.loads(output.read_text())["rows"] if output.is_file() else []
+    rows = [row for row in rows if row["settings"] != record["settings"]] + [record]
+    output.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
 
 def take_steps(config: config_lib.Config, steps: int) -> dict[str, Any]:
@@ -298,6 +304,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="--measure: sequences at once on a device")
     parser.add_argument("--remat", default="matmuls", choices=("none", "matmuls", "full"), help="--measure")
     parser.add_argument("--unroll", type=int, default=1, help="--measure")
+    parser.add_argument("--loss-chunk", type=int, default=256, help="--measure: 0 is all logits at once")
     parser.add_argument("--steps", type=int, default=20, help="--measure: timed steps")
     parser.add_argument("--output", type=Path, help="JSON file; by default in benchmarks/results")
     options = parser.parse_args()

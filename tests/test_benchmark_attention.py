@@ -310,7 +310,7 @@ def test_winners_are_stored_for_the_kernel_to_find(worker, monkeypatch, tmp_path
     package_table = block_sizes.FILE.read_text()
     shape, end = timing.Shape(2, 1024, 4, 64), time.monotonic() + 300
     try:
-        tune_attention.tune(worker, ["triton"], (shape,), timing.SMALL_LOOP, False, tmp_path, 60, end)
+        tune_attention.tune(worker, ["triton"], None, (shape,), timing.SMALL_LOOP, False, tmp_path, 60, end)
         found = block_sizes.lookup("triton", "cpu", (2, 1024, 12, 64), "bfloat16")
     finally:
         block_sizes._table.cache_clear()
