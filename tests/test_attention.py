@@ -243,8 +243,9 @@ def test_documents_do_not_attend_to_each_other(implementation):
 # ---- In the model
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=1), MeshConfig(replica=2, fsdp=4)])
-@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("mesh", "compute_dtype"), [(MeshConfig(fsdp=1), "float32"), (MeshConfig(replica=2, fsdp=4), "bfloat16")]
+)
 def test_fifty_steps_with_flash_equal_the_references(mesh, compute_dtype):
     losses = {}
     for name in ("reference", "flash"):

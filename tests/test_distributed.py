@@ -277,7 +277,7 @@ def straight(prepared, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "devices", "replica"), [(2, 4, 2), (4, 2, 1), (4, 4, 2)])
+@pytest.mark.parametrize(("count", "devices", "replica"), [(2, 4, 2), (4, 2, 1)])
 def test_the_same_losses_as_one_process(prepared, tmp_path, subprocess_env, count, devices, replica):
     groups = {"mesh": {"replica": replica}, "run": {"check_bandwidth": True}}
     several = run_all(prepared, tmp_path / "several", subprocess_env, count, devices, **groups)
@@ -317,14 +317,13 @@ def test_killed_and_started_again_is_equal_to_the_last_bit(straight, prepared, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("process", [0, 1])
-def test_the_others_end_when_one_hangs(prepared, tmp_path, subprocess_env, process):
+def test_the_others_end_when_the_first_hangs(prepared, tmp_path, subprocess_env):
     config = make_config(prepared, tmp_path / "run")
-    started = Processes([config] * 4, subprocess_env, [1] * 4, happening=(process, 4, "SIGSTOP"))
-    statuses = started.wait(but={process})
-    for other in {0, 1, 2, 3} - {process}:
+    started = Processes([config] * 4, subprocess_env, [1] * 4, happening=(0, 4, "SIGSTOP"))
+    statuses = started.wait(but={0})
+    for other in (1, 2, 3):
         assert statuses[other] == 1
-        assert f"error: process {process} (" in started.errors(other)[0]
+        assert "error: process 0 (" in started.errors(other)[0]
         assert "gave no sign of life for 8 s" in started.errors(other)[0]
 
 

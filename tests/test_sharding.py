@@ -41,11 +41,16 @@ def test_replicas_hold_copies_of_the_shards():
     np.testing.assert_array_equal(shards[0], shards[4])
 
 
-@pytest.mark.parametrize("changes", [{}, {"train": {"gradient_accumulation_steps": 2}}])
-def test_meshes_give_the_same_losses(changes):
-    config = tiny.replace(**changes)
+ONE, SHARDED, BOTH, REPLICATED = (
+    MeshConfig(replica=replica, fsdp=fsdp) for replica, fsdp in ((1, 1), (1, 8), (2, 4), (8, 1))
+)
+
+
+@pytest.mark.parametrize(("accumulation", "meshes"), [(1, (ONE, SHARDED, BOTH, REPLICATED)), (2, (ONE, BOTH))])
+def test_meshes_give_the_same_losses(accumulation, meshes):
+    config = tiny.replace(train={"gradient_accumulation_steps": accumulation})
     losses = []
-    for mesh in (MeshConfig(fsdp=1), MeshConfig(fsdp=8), MeshConfig(replica=2, fsdp=4), MeshConfig(replica=8, fsdp=1)):
+    for mesh in meshes:
         trainer = tiny.Trainer(config, mesh)
         losses.append([trainer(tiny.random_batch(config, index))["train/loss"] for index in range(6)])
     for other in losses[1:]:

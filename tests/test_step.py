@@ -48,15 +48,13 @@ def test_dropout_is_a_function_of_seed_and_step():
         [trainer(batch)["train/loss"] for _ in range(2)]
         for trainer in (
             tiny.Trainer(config, MeshConfig(fsdp=1)),
-            tiny.Trainer(config, MeshConfig(fsdp=8)),
             # Masks depend neither on the mesh nor on accumulation.
             tiny.Trainer(tiny.replace(config, train={"gradient_accumulation_steps": 2}), MeshConfig(replica=2, fsdp=4)),
         )
     ]
     # Equal weights at steps 0 and 1 (the first rate is 0), other masks.
     assert abs(losses[0][0] - losses[0][1]) > 1e-4
-    for other in losses[1:]:
-        np.testing.assert_allclose(other, losses[0], atol=1e-5)
+    np.testing.assert_allclose(losses[1], losses[0], atol=1e-5)
 
 
 def test_a_batch_that_predicts_nothing_changes_nothing_but_by_decay():

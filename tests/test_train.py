@@ -126,7 +126,7 @@ def test_killed_twice_and_resumed_is_equal_to_the_last_bit(straight, prepared, t
     assert steps == sorted([0, *expected, 10, 20, 30])
 
 
-@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 7), (signal.SIGINT, 9), (signal.SIGTERM, 10)])
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, 7), (signal.SIGTERM, 10)])
 def test_a_signal_saves_the_step_and_the_command_goes_on(straight, prepared, tmp_path, subprocess_env, number, step):
     """Between checkpoints, and when an evaluation is due, which is then left out."""
     config = make_config(prepared, tmp_path / "run", train={"checkpoint_every": 1000})
@@ -148,14 +148,13 @@ def test_a_signal_at_the_last_step_comes_too_late(prepared, tmp_path, subprocess
     assert checkpoint.find_step(config.run.dir) == 30
 
 
-@pytest.mark.parametrize("devices", [4, 2])
-def test_resumed_on_fewer_devices_reads_the_same_rows(straight, prepared, tmp_path, subprocess_env, devices):
+def test_resumed_on_fewer_devices_reads_the_same_rows(straight, prepared, tmp_path, subprocess_env):
     run_dir = tmp_path / "run"
     shutil.copytree(straight[8], run_dir)
     for step in (20, 25, 30):
         shutil.rmtree(run_dir / "checkpoints" / str(step))
-    status, _, err = run_train(make_config(prepared, run_dir), subprocess_env, devices)
-    assert status == 0 and "going on from step 15" in err and f"{devices} x cpu" in err
+    status, _, err = run_train(make_config(prepared, run_dir), subprocess_env, devices=2)
+    assert status == 0 and "going on from step 15" in err and "2 x cpu" in err
     # The rows of a step are drawn anew each epoch, so other rows would show at once.
     resumed, expected = losses(run_dir), losses(straight[8])
     assert resumed.keys() == expected.keys()
