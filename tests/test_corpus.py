@@ -99,17 +99,17 @@ BAD_LINES = [
     (b"[" * 100_000, "not JSON"),
     (b"9" * 5000, "not JSON"),
     (b"\0", "not JSON"),
-    (b"null", "wrong type"),
-    (b'"text"', "wrong type"),
-    (b'["text", "meta"]', "wrong type"),
-    (b'{"meta": {"pile_set_name": "PubMed Central"}}', "wrong type"),
-    (b'{"text": "a"}', "wrong type"),
-    (b'{"text": "a", "meta": null}', "wrong type"),
-    (b'{"text": "a", "meta": "PubMed Central"}', "wrong type"),
-    (b'{"text": "a", "meta": {}}', "wrong type"),
-    (b'{"text": "a", "meta": {"pile_set_name": ["PubMed Central"]}}', "wrong type"),
-    (pile_line(None).strip(), "wrong type"),
-    (pile_line(["a"]).strip(), "wrong type"),
+    (b"null", "no text"),
+    (b'"text"', "no text"),
+    (b'["text", "meta"]', "no text"),
+    (b'{"meta": {"pile_set_name": "PubMed Central"}}', "no text"),
+    (b'{"text": "a"}', "no set name"),
+    (b'{"text": "a", "meta": null}', "no set name"),
+    (b'{"text": "a", "meta": "PubMed Central"}', "no set name"),
+    (b'{"text": "a", "meta": {}}', "no set name"),
+    (b'{"text": "a", "meta": {"pile_set_name": ["PubMed Central"]}}', "no set name"),
+    (pile_line(None).strip(), "no text"),
+    (pile_line(["a"]).strip(), "no text"),
     (pile_line("").strip(), "empty"),
     (pile_line(" \n\t\u00a0").strip(), "empty"),
     (pile_line("a", "Github").strip(), "another set"),
@@ -129,19 +129,34 @@ def test_a_bad_line_is_counted_by_its_reason_and_skipped(tmp_path, line, reason)
     assert report.bad_fraction == (0 if reason in ("empty", "another set") else 1 / 3)
 
 
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (b'{"content": "a"}', "no text at .*:1 \\(text_field names the key of the text\\)"),
+        (b'{"text": "a"}', "no set name at .*:1 \\(an empty pile_sets keeps records"),
+        (b"{", "not JSON at .*:1 \\(each line must be one JSON object\\)"),
+    ],
+)
+def test_text_in_another_form_is_refused_with_what_would_help(tmp_path, line, message):
+    """By the most frequent reason."""
+    _, report = read(tmp_path / "shard.jsonl", (line + b"\n") * 3 + b"\xff\n")
+    with pytest.raises(UserError, match=f"^100.0% of the records are broken, more than the 1.0% allowed; .*{message}"):
+        report.check(0.01)
+
+
 def test_the_report_of_many_files(tmp_path):
     paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for path in paths:
         path.write_bytes(pile_line("kept") + b"{\n" * 2 + pile_line("a", "Github") + b"7\n")
     report = ReadReport()
     assert len(list(read_documents("pile", [str(path) for path in paths], report))) == 2
-    assert report.dropped == {"not JSON": 4, "another set": 2, "wrong type": 2}
+    assert report.dropped == {"not JSON": 4, "another set": 2, "no text": 2}
     assert report.bad_fraction == 6 / 10
     assert report.samples["not JSON"] == [f"{paths[0]}:2", f"{paths[0]}:3", f"{paths[1]}:2"]
     assert json.loads(json.dumps(report.as_dict())) == {
         "documents": 2,
         "bytes": 8,
-        "dropped": {"not JSON": 4, "another set": 2, "wrong type": 2},
+        "dropped": {"not JSON": 4, "another set": 2, "no text": 2},
         "replaced_surrogates": 0,
         "bad_fraction": 0.6,
         "samples": report.samples,
@@ -165,7 +180,7 @@ def test_every_record_with_text_is_kept_if_no_set_is_named(tmp_path):
     report = ReadReport()
     documents = list(read_documents("pile", [str(path)], report, Selection(pile_sets=())))
     assert documents == [Document("a", "Github"), Document("c", "json"), Document("d", "json")]
-    assert report.samples == {"wrong type": [f"{path}:2"]}
+    assert report.samples == {"no text": [f"{path}:2"]}
     assert [
         document.text for document in read_documents("pile", [str(path)], report, Selection((), text_field="body"))
     ] == ["b"]

@@ -27,16 +27,15 @@ def _document(line: bytes, file: str, number: int, report: ReadReport, selection
         return report.drop("invalid UTF-8", file, number)
     except (ValueError, RecursionError):  # besides syntax: numbers of over 4,300 digits, absurdly deep nesting
         return report.drop("not JSON", file, number)
-    try:
-        text = record[selection.text_field]
-    except (KeyError, TypeError):
-        return report.drop("wrong type", file, number)
+    text = record.get(selection.text_field) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        return report.drop("no text", file, number)
     try:
         name = record["meta"]["pile_set_name"]
     except (KeyError, TypeError):
         name = None
-    if not isinstance(text, str) or (selection.pile_sets and not isinstance(name, str)):
-        return report.drop("wrong type", file, number)
+    if selection.pile_sets and not isinstance(name, str):
+        return report.drop("no set name", file, number)
     if selection.pile_sets and name not in selection.pile_sets:
         return report.drop("another set", file, number)
     return report.keep(text, name if isinstance(name, str) else "json", file, number)

@@ -89,7 +89,7 @@ def _document(
 ) -> Document | None:
     name = _set_name(meta)
     if selection.pile_sets and name is None:
-        return report.drop("wrong type", file, place)
+        return report.drop("no set name", file, place)
     if selection.pile_sets and name not in selection.pile_sets:
         return report.drop("another set", file, place)
     if data is None:

@@ -16,6 +16,8 @@ Reason = Literal[
     "not JSON",
     "malformed XML",
     "wrong type",
+    "no text",
+    "no set name",
     "invalid UTF-8",
     "too long",
     "empty",
@@ -27,7 +29,21 @@ Reason = Literal[
 ]
 
 # Reasons that mean damage; the others are ordinary in sound data.
-BROKEN: tuple[Reason, ...] = ("not JSON", "malformed XML", "wrong type", "invalid UTF-8", "too long")
+BROKEN: tuple[Reason, ...] = (
+    "not JSON",
+    "malformed XML",
+    "wrong type",
+    "no text",
+    "no set name",
+    "invalid UTF-8",
+    "too long",
+)
+# What to do where sound data look broken.
+_REMEDIES: dict[Reason, str] = {
+    "not JSON": "each line must be one JSON object",
+    "no text": "text_field names the key of the text",
+    "no set name": "an empty pile_sets keeps records that do not say in meta.pile_set_name which set they are of",
+}
 # Places kept for each reason.
 MAX_SAMPLES = 3
 
@@ -97,10 +113,11 @@ class ReadReport:
     def check(self, max_bad_fraction: float) -> None:
         """Refuses text of which too much is broken. Raises: UserError: names the first place."""
         if self.bad_fraction > max_bad_fraction:
-            reason = next(reason for reason in BROKEN if self.samples.get(reason))
+            reason = max(BROKEN, key=lambda reason: self.dropped[reason])
+            remedy = f" ({_REMEDIES[reason]})" if reason in _REMEDIES else ""
             raise UserError(
                 f"{self.bad_fraction:.1%} of the records are broken, more than the {max_bad_fraction:.1%} allowed; "
-                f"for instance {reason} at {self.samples[reason][0]}"
+                f"for instance {reason} at {self.samples[reason][0]}{remedy}"
             )
 
     def drop(self, reason: Reason, file: str, place: int | str) -> None:
