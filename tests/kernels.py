@@ -52,16 +52,12 @@ def draw_arguments(seed, shape, dtype):
     return qkv, jax.random.normal(keys[1], shape, dtype)
 
 
+# Each program runs once or twice: compiling it takes longer.
+@functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 def attention_and_gradients(attention, qkv, scale, segment_ids, d_out):
     """The output, and the gradients of `qkv` and `scale`, compiled with the scale as an argument."""
-
-    # Each program runs once: compiling it takes longer.
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-    def run(qkv, scale, segment_ids, d_out):
-        out, vjp = jax.vjp(lambda qkv, scale: attention(qkv, scale, segment_ids), qkv, scale)
-        return out, *vjp(d_out)
-
-    return run(qkv, jnp.float32(scale), segment_ids, d_out)
+    out, vjp = jax.vjp(lambda qkv, scale: attention(qkv, scale, segment_ids), qkv, jnp.asarray(scale, jnp.float32))
+    return out, *vjp(d_out)
 
 
 def check(backend: Any, shape, dtype, scale, segment_ids=None, interpret: Any = True, blocks: Any = None) -> Errors:

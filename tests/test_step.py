@@ -12,19 +12,19 @@ from biomedlm_jax.config import MeshConfig
 def test_accumulation_weighs_by_tokens():
     """Rows of very different lengths: the parts' means differ, and the loss must be the mean over all tokens."""
     losses = {}
-    for parts in (1, 2, 8):
+    for parts in (1, 8):
         config = tiny.replace(train={"gradient_accumulation_steps": parts})
         trainer = tiny.Trainer(config, MeshConfig(fsdp=1))
         losses[parts] = [trainer(tiny.random_batch(config, index)) for index in range(4)]
-    for parts in (2, 8):
-        for whole, accumulated in zip(losses[1], losses[parts], strict=True):
-            assert accumulated["train/loss"] == pytest.approx(whole["train/loss"], abs=1e-5)
-            assert accumulated["train/grad_norm"] == pytest.approx(whole["train/grad_norm"], rel=1e-4)
+    for whole, accumulated in zip(losses[1], losses[8], strict=True):
+        assert accumulated["train/loss"] == pytest.approx(whole["train/loss"], abs=1e-5)
+        assert accumulated["train/grad_norm"] == pytest.approx(whole["train/grad_norm"], rel=1e-4)
     # An unweighted mean of the parts' means would be far off.
     batch = tiny.random_batch(tiny.CONFIG, 0)
     halves = [step.Batch(batch.tokens[start::2], batch.mask[start::2]) for start in (0, 1)]
     params = model_lib.init_params(tiny.CONFIG.model, 0)
-    means = [float(np.divide(*step.eval_step(tiny.CONFIG, params, half))) for half in halves]
+    evaluate = jax.jit(step.eval_step, static_argnums=0)
+    means = [float(np.divide(*evaluate(tiny.CONFIG, params, half))) for half in halves]
     assert abs(np.mean(means) - losses[1][0]["train/loss"]) > 1e-4
 
 
