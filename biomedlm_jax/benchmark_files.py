@@ -69,6 +69,15 @@ def _text(file: str) -> str:
         raise _broken(file, data.count(b"\n", 0, error.start) + 1, "not UTF-8") from error
 
 
+def text_lines(file: str) -> list[str]:
+    """All lines of a file of UTF-8, blank ones too, but for a last empty one.
+
+    Raises:
+      UserError: it cannot be read; names the file and the line.
+    """
+    return _text(file).removesuffix("\n").split("\n")
+
+
 def _lines(text: str) -> Iterator[tuple[int, str]]:
     return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
 

@@ -109,7 +109,7 @@ def test_formats_are_told_apart_by_content(run, tmp_path):
 
 def test_mistakes_are_named(run, tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"text": 5}\n' * 3)
-    with pytest.raises(UserError, match="100.0% of the records are broken.*wrong type at .*broken.jsonl:1"):
+    with pytest.raises(UserError, match="100.0% of the records are broken.*no text at .*broken.jsonl:1"):
         evaluate(run, [str(tmp_path / "broken.jsonl")])
     shutil.copytree(run, tmp_path / "larger")
     train_tokenizer(HELD_OUT, 900, tmp_path / "larger" / "tokenizer")
