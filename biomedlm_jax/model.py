@@ -24,6 +24,10 @@ from biomedlm_jax.sharding import GATHERED, GATHERED_AND_KEPT, constrain_rows
 # A nested dictionary of arrays: parameters, or anything of their structure.
 Params = dict[str, Any]
 
+# From the packed projection, [batch, seq, 3*heads, head_dim], the scale of scores, and dropout_keys, to what each
+# position takes from the others, [batch, seq, heads, head_dim]; `attention.causal_attention`, or one with a cache.
+Attend = Callable[..., Float[Array, "batch seq heads head_dim"]]
+
 
 class Linear(nnx.Linear):
     """A product in the compute type, and a bias in float32.
@@ -65,15 +69,11 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch seq embd"],
-        layer: Int[Array, ""],
-        segment_ids: Int[Array, "batch seq"] | None,
-        mask: Bool[Array, "batch seq"] | None,
-        keys: Key[Array, "batch"] | None,
+        layer: Int[Array, ""] | int,
+        attend: Attend,
+        keys: Key[Array, "batch"] | None = None,
     ) -> Float[Array, "batch seq embd"]:
-        """Mixes positions of the same segment.
-
-        `layer` counts from 0, `mask` is false for padding, `keys`, one a row, turn dropout on.
-        """
+        """Mixes positions as `attend` says; `layer` counts from 0, and `keys`, one a row, turn dropout on."""
         config = self.config
         head_dim = config.n_embd // config.n_head
         # https://huggingface.co/stanford-crfm/BioMedLM: scale_attn_by_inverse_layer_idx divides by i + 1.
@@ -81,15 +81,7 @@ class Attention(nnx.Module):
         if config.scale_attn_by_inverse_layer_idx:
             scale = scale / (layer + 1)
         qkv = self.c_attn(x).reshape(*x.shape[:2], 3 * config.n_head, head_dim)
-        out = causal_attention(
-            qkv,
-            scale,
-            implementation=config.attention,
-            segment_ids=segment_ids,
-            mask=mask,
-            dropout_rate=config.attn_pdrop,
-            dropout_keys=keys,
-        )
+        out = attend(qkv, scale, dropout_keys=keys)
         return self.c_proj(out.reshape(x.shape))
 
 
@@ -119,14 +111,13 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch seq embd"],
-        layer: Int[Array, ""],
-        segment_ids: Int[Array, "batch seq"] | None,
-        mask: Bool[Array, "batch seq"] | None,
-        keys: Key[Array, "batch"] | None,
+        layer: Int[Array, ""] | int,
+        attend: Attend,
+        keys: Key[Array, "batch"] | None = None,
     ) -> Float[Array, "batch seq embd"]:
         """The residual stream after the block; arguments as of `Attention`."""
         attn_keys, attn_out_keys, mlp_out_keys = (None if keys is None else _fold_in(keys, i) for i in range(3))
-        x = x + dropout(self.attn(self.ln_1(x), layer, segment_ids, mask, attn_keys), self.resid_pdrop, attn_out_keys)
+        x = x + dropout(self.attn(self.ln_1(x), layer, attend, attn_keys), self.resid_pdrop, attn_out_keys)
         return x + dropout(self.mlp(self.ln_2(x)), self.resid_pdrop, mlp_out_keys)
 
 
@@ -203,12 +194,19 @@ class GPT2(nnx.Module):
         if dropout_keys is not None:
             x = dropout(x, config.embd_pdrop, _fold_in(dropout_keys, config.n_layer))
         block_def, block_state = nnx.split(self.h)
+        attend = functools.partial(
+            causal_attention,
+            implementation=config.attention,
+            segment_ids=segment_ids,
+            mask=attention_mask,
+            dropout_rate=config.attn_pdrop,
+        )
 
         def block(x: Array, inputs: tuple[Params, Array]) -> tuple[Array, None]:
             params, layer = inputs
             keys = None if dropout_keys is None else _fold_in(dropout_keys, layer)
             params = params if gather is None else gather(params)
-            return constrain_rows(nnx.merge(block_def, params)(x, layer, segment_ids, attention_mask, keys)), None
+            return constrain_rows(nnx.merge(block_def, params)(x, layer, attend, keys)), None
 
         # A loop keeps its iterations apart, so that the compiler cannot merge what is recomputed with what was computed
         # first; one iteration is no loop. (XLA for CPUs merges it all the same.)
@@ -256,6 +254,21 @@ def _graphdef(config: ModelConfig) -> nnx.GraphDef[GPT2]:
 def merge(config: ModelConfig, params: Params) -> GPT2:
     """The model with these parameters; cheap, for use inside a traced function."""
     return nnx.merge(_graphdef(config), params)
+
+
+@functools.cache
+def _part_graphdef(part: Callable[[ModelConfig, nnx.Rngs], Any], config: ModelConfig) -> nnx.GraphDef[Any]:
+    return nnx.graphdef(nnx.eval_shape(lambda: part(config, nnx.Rngs(0))))
+
+
+def merge_block(config: ModelConfig, params: Params) -> Block:
+    """One block with its parameters, of which a model has a stack; cheap, for use inside a traced function."""
+    return nnx.merge(_part_graphdef(Block, config), params)
+
+
+def merge_layer_norm(config: ModelConfig, params: Params) -> nnx.LayerNorm:
+    """The last LayerNorm with its parameters; cheap, for use inside a traced function."""
+    return nnx.merge(_part_graphdef(_layer_norm, config), params)
 
 
 def param_count(config: ModelConfig) -> int:
