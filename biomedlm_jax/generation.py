@@ -6,7 +6,7 @@ whether all rows have ended, so that the device never waits for it.
 
 import functools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,55 +19,12 @@ from biomedlm_jax import decoding
 from biomedlm_jax.config import ModelConfig
 from biomedlm_jax.decoding import Cache, Weights
 from biomedlm_jax.errors import UserError
+from biomedlm_jax.generation_config import GenerationConfig
 
 # Steps that are started before it is known whether they are needed.
 _STEPS_AHEAD = 4
 # What transformers takes for a score that cannot win; the numbers of a search must be its own.
 _NEVER = -1e9
-
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """How tokens are chosen; names and meanings are those of transformers' GenerationConfig."""
-
-    max_new_tokens: int = 100
-    """Tokens after the prompt, the end of the text included."""
-    temperature: float = 0.0
-    """0 takes the likeliest token; above, tokens are drawn, at 1 with the model's own probabilities."""
-    top_k: int = 0
-    """Draw among so many likeliest tokens; 0 is all."""
-    top_p: float = 1.0
-    """Draw among the likeliest tokens that hold this share of the probability."""
-    num_beams: int = 1
-    """Sequences that a beam search keeps; 1 is none."""
-    length_penalty: float = 1.0
-    """Of a beam search: the power of its length by which a sequence's summed log probability is divided."""
-    repetition_penalty: float = 1.0
-    """Divides the logits above 0 of tokens that were there, and multiplies those below."""
-    no_repeat_ngram_size: int = 0
-    """No so many tokens come twice in this order, the prompt's included; 0 is no limit."""
-    seed: int = 0
-    """Of the draws, which depend on it, on the prompt's place among the prompts, and on nothing else."""
-
-    def __post_init__(self) -> None:
-        for name, low, high in (
-            ("max_new_tokens", 1, None),
-            ("temperature", 0, None),
-            ("top_k", 0, None),
-            ("num_beams", 1, None),
-            ("no_repeat_ngram_size", 0, None),
-            ("top_p", 0, 1),
-            ("repetition_penalty", 0, None),
-        ):
-            value = getattr(self, name)
-            if not value >= low or (high is not None and value > high):
-                between = f"at least {low}" if high is None else f"in [{low}, {high}]"
-                raise UserError(f"{name} must be {between}, not {value}")
-        for name in ("top_p", "repetition_penalty"):
-            if getattr(self, name) == 0:
-                raise UserError(f"{name} must be above 0")
-        if self.num_beams > 1 and self.temperature:
-            raise UserError("num_beams and temperature exclude each other: a beam search draws nothing")
 
 
 class Rows(NamedTuple):
@@ -273,12 +230,15 @@ def generate(
     config: GenerationConfig,
     eos_id: int,
     first_id: int = 0,
+    on_tokens: Callable[[np.ndarray], None] | None = None,
 ) -> list[Generated]:
     """Continues a batch of prompts, each until the end of the text or `max_new_tokens`.
 
     Args:
       prompts: token ids, of any lengths.
       first_id: number of the first prompt among all, by which draws are seeded.
+      on_tokens: is told the next token of each row as it is there, `eos_id` for those that have ended; the device then
+        waits for it. Not of a beam search, which knows its tokens at its end only.
 
     Raises:
       UserError: see `check_prompts`.
@@ -300,7 +260,9 @@ def generate(
     ids = first_id + jnp.arange(len(prompts))
     waiting: deque[Any] = deque()
     for _ in range(config.max_new_tokens):
-        progress, cache, _ = _advance(model, config, eos_id, weights, cache, progress, ids)
+        progress, cache, new = _advance(model, config, eos_id, weights, cache, progress, ids)
+        if on_tokens:
+            on_tokens(np.asarray(new))
         waiting.append(progress.ended.all())
         if len(waiting) > _STEPS_AHEAD and waiting.popleft():
             break

@@ -7,7 +7,8 @@ import pytest
 
 from biomedlm_jax import decoding
 from biomedlm_jax.errors import UserError
-from biomedlm_jax.generation import GenerationConfig, Rows, generate, process, warp
+from biomedlm_jax.generation import Rows, generate, process, warp
+from biomedlm_jax.generation_config import GenerationConfig
 from biomedlm_jax.load import load_model
 
 EOS = 100

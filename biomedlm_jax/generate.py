@@ -1,0 +1,154 @@
+"""Command: text that a model makes of prompts.
+
+python -m biomedlm_jax.generate --checkpoint RUN --prompt TEXT... | --prompt-file FILE
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from etils import epy
+from tqdm import tqdm
+
+from biomedlm_jax.errors import UserError, run_command
+from biomedlm_jax.generation_config import GenerationConfig
+
+with epy.lazy_imports():
+    import numpy as np
+
+    from biomedlm_jax import benchmark_files, decoding, generation, load
+
+# Of the licence of BioMedLM: https://huggingface.co/stanford-crfm/BioMedLM
+LIMITS = (
+    "What a language model writes can be wrong, harmful or made up. It is for research and no medical advice: "
+    "nobody's treatment may rest on it."
+)
+
+
+def main() -> None:
+    """Prints what the model makes of the prompts, or writes it to `--output`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m biomedlm_jax.generate",
+        description="Continue prompts: one is shown as it is written, several are JSON lines.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="folder of a run, or a Hugging Face folder")
+    parser.add_argument("--step", type=int, metavar="N", help="which checkpoint of a run; the newest if not given")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", nargs="+", metavar="TEXT", help="prompts")
+    prompts.add_argument(
+        "--prompt-file", metavar="FILE", help="a prompt a line (.txt), or JSON lines with the key prompt (.jsonl)"
+    )
+    parser.add_argument("--output", metavar="FILE", help="write JSON lines there instead of to standard output")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at once")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="type of activations; the model's own if not given"
+    )
+    settings = dataclasses.fields(GenerationConfig)
+    for setting in settings:
+        option = f"--{setting.name.replace('_', '-')}"
+        kind = type(setting.default)
+        parser.add_argument(option, type=kind, default=setting.default, metavar="N", help=setting.metadata["help"])
+    args = parser.parse_args()
+    _generate(args, GenerationConfig(**{setting.name: getattr(args, setting.name) for setting in settings}))
+
+
+def _generate(args: argparse.Namespace, config: GenerationConfig) -> None:
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, not {args.batch_size}")
+    if args.output and not Path(args.output).absolute().parent.is_dir():
+        raise UserError(f"--output {args.output}: there is no such folder")
+    texts = args.prompt or _read_prompts(args.prompt_file)
+    model = load.load_model(args.checkpoint, args.step, compute_dtype=args.dtype)
+    tokenizer = model.tokenizer
+    # To a model of documents apart, a text begins behind the end of another.
+    start = [tokenizer.eos_id] if load.document_attention(args.checkpoint) else []
+    prompts = [start + ids for ids in tokenizer.encode_batch(texts)]
+    generation.check_prompts(model.config, config, prompts)
+    weights = decoding.lay_out(model.config, model.params)
+    print(LIMITS, file=sys.stderr)
+
+    if len(texts) == 1 and not args.output and config.num_beams == 1:
+        shown = _Stream(tokenizer, texts[0])
+        generation.generate(model.config, weights, prompts, config, tokenizer.eos_id, on_tokens=shown)
+        shown.end()
+        return
+    made = _continued(args, model, weights, tokenizer, texts, prompts, config)
+    if not args.output:
+        for line in made:
+            print(line, flush=True)
+        return
+    partial = Path(f"{args.output}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for line in made:
+            file.write(line + "\n")
+            file.flush()
+    partial.replace(args.output)
+
+
+def _continued(
+    args: argparse.Namespace, model: Any, weights: Any, tokenizer: Any, texts: list[str], prompts: Any, config: Any
+) -> Iterator[str]:
+    """A line of JSON for each prompt, in their order."""
+    with tqdm(total=len(texts), desc="generating", unit=" prompts", disable=None) as progress:
+        for start in range(0, len(texts), args.batch_size):
+            batch = slice(start, start + args.batch_size)
+            made = generation.generate(model.config, weights, prompts[batch], config, tokenizer.eos_id, first_id=start)
+            for text, result in zip(texts[batch], made, strict=True):
+                yield json.dumps(
+                    {
+                        "prompt": text,
+                        "text": tokenizer.decode(result.tokens),
+                        "tokens": len(result.tokens),
+                        "ended": result.ended,
+                    },
+                    ensure_ascii=False,
+                )
+            progress.update(len(made))
+
+
+def _read_prompts(file: str) -> list[str]:
+    """The prompts in a file.
+
+    Raises:
+      UserError: it cannot be read, or a prompt is no text; names the line.
+    """
+    prompts = []
+    for line, record in benchmark_files.records(file):
+        prompt = record.get("prompt") if isinstance(record, dict) else record
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise UserError(f"{file}:{line}: there is no prompt; a record is a line of text, or an object with prompt")
+        prompts.append(prompt)
+    if not prompts:
+        raise UserError(f"{file}: there are no prompts in it")
+    return prompts
+
+
+class _Stream:
+    """Shows a text as it is made. What is not whole yet, as half a character, waits."""
+
+    def __init__(self, tokenizer: Any, prompt: str):
+        self._tokenizer, self._ids, self._shown = tokenizer, list[int](), 0
+        print(prompt, end="", flush=True)
+
+    def __call__(self, tokens: "np.ndarray") -> None:
+        if tokens[0] != self._tokenizer.eos_id:
+            self._ids.append(int(tokens[0]))
+            self._show(self._tokenizer.decode(self._ids).rstrip("\ufffd"))
+
+    def _show(self, text: str) -> None:
+        print(text[self._shown :], end="", flush=True)
+        self._shown = max(self._shown, len(text))
+
+    def end(self) -> None:
+        """Shows the rest."""
+        self._show(self._tokenizer.decode(self._ids))
+        print(flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)
