@@ -134,9 +134,16 @@ def _text(record: Any, *names: str) -> str:
     return value
 
 
-def _id(record: dict[str, Any], *names: str) -> str:
+def _list(record: Any, *names: str) -> list[Any]:
+    value = _field(record, *names)
+    if not isinstance(value, list):
+        raise _Unreadable(f"{' or '.join(names)} is a {type(value).__name__} and no list")
+    return value
+
+
+def _id(record: dict[str, Any], name: str = "id") -> str:
     """Empty if the record has none of its own."""
-    return next((str(record[name]) for name in names if record.get(name) is not None), "")
+    return "" if record.get(name) is None else str(record[name])
 
 
 def _choices(values: Sequence[Any]) -> tuple[str, ...]:
@@ -157,10 +164,11 @@ def _number(value: Any, count: int, first: int = 0) -> int:
     return value - first
 
 
-def _letter(value: Any, letters: Sequence[str]) -> int:
+def _letter(value: Any, count: int) -> int:
+    letters = list(_LETTERS[:count])
     if value not in letters:
         raise _Unreadable(f"the answer {value!r} is none of {', '.join(letters)}")
-    return list(letters).index(value)
+    return letters.index(value)
 
 
 def _named(value: Any, labels: Sequence[str]) -> int:
@@ -176,21 +184,23 @@ def _named(value: Any, labels: Sequence[str]) -> int:
 def _medqa(key: str, record: Any, task: Task) -> MultipleChoice:
     if isinstance(record, dict) and "sent1" in record:
         # BioMedLM's, after SWAG's: https://github.com/stanford-crfm/BioMedLM/tree/main/finetune/mc
-        question = " ".join(filter(None, (_text(record, "sent1"), record.get("sent2"))))
+        question = _text(record, "sent1")
+        if record.get("sent2"):
+            question += f" {_text(record, 'sent2')}"
         endings = sorted(name for name in record if re.fullmatch(r"ending\d", name))
         choices = _choices([record[name] for name in endings])
         label = None if record.get("label") is None else _number(record["label"], len(choices))
-        return MultipleChoice(_id(record, "id"), question, choices, label)
+        return MultipleChoice(_id(record), question, choices, label)
     # Its authors': https://github.com/jind11/MedQA
     question, options = _text(record, "question"), _field(record, "options")
     if not isinstance(options, dict) or sorted(options) != list(_LETTERS[: len(options)]):
         raise _Unreadable(f"options must be an object of A, B, ..., not {str(options)[:40]!r}")
     letters = sorted(options)
     choices = _choices([options[letter] for letter in letters])
-    label = None if record.get("answer_idx") is None else _letter(record["answer_idx"], letters)
+    label = None if record.get("answer_idx") is None else _letter(record["answer_idx"], len(choices))
     if label is not None and record.get("answer") not in (None, choices[label]):
         raise _Unreadable(f"the answer {record['answer']!r} is not choice {letters[label]}")
-    return MultipleChoice(_id(record, "id"), question, choices, label)
+    return MultipleChoice(_id(record), question, choices, label)
 
 
 def _medmcqa(key: str, record: Any, task: Task) -> MultipleChoice:
@@ -198,20 +208,20 @@ def _medmcqa(key: str, record: Any, task: Task) -> MultipleChoice:
     question = _text(record, "question")
     choices = _choices([record.get(name) for name in ("opa", "opb", "opc", "opd")])
     label = None if record.get("cop") is None else _number(record["cop"], 4, first=1)
-    return MultipleChoice(_id(record, "id"), question, choices, label)
+    return MultipleChoice(_id(record), question, choices, label)
 
 
 def _mmlu(key: str, record: Any, task: Task) -> MultipleChoice:
     # https://github.com/hendrycks/test: question,A,B,C,D,letter, without a header
     if isinstance(record, dict):  # as Parquet on the Hub
-        choices = _choices(list(_field(record, "choices")))
+        choices = _choices(_list(record, "choices"))
         return MultipleChoice("", _text(record, "question"), choices, _number(_field(record, "answer"), len(choices)))
     if not isinstance(record, list) or len(record) != 6:
         raise _Unreadable(f"there are {len(record)} fields")
     question, letter = record[0], record[-1]
     if not question.strip():
         raise _Unreadable("the question is empty")
-    return MultipleChoice("", question, _choices(record[1:-1]), _letter(letter, "ABCD"))
+    return MultipleChoice("", question, _choices(record[1:-1]), _letter(letter, 4))
 
 
 # ---- Classification
@@ -234,7 +244,7 @@ def _pubmedqa(key: str, record: Any, task: Task) -> Classification:
 def _blurb(record: dict[str, Any], task: Task) -> Classification:
     # https://microsoft.github.io/BLURB: the question is sentence1, the text sentence2
     label = None if record.get("label") is None else _named(record["label"], task.labels)
-    return Classification(_id(record, "id"), _text(record, "sentence2"), _text(record, "sentence1"), label)
+    return Classification(_id(record), _text(record, "sentence2"), _text(record, "sentence1"), label)
 
 
 def _bioasq(key: str, record: Any, task: Task) -> Classification | None:
@@ -243,21 +253,21 @@ def _bioasq(key: str, record: Any, task: Task) -> Classification | None:
     # http://participants-area.bioasq.org/datasets: {"questions": [{id, body, type, snippets, exact_answer}]}
     if _text(record, "type") != "yesno":
         return None
-    snippets = [_text(snippet, "text") for snippet in record.get("snippets") or ()]
+    snippets = [_text(snippet, "text") for snippet in _list(record, "snippets")]
     if not snippets:
         raise _Unreadable("there are no snippets")
     answer = record.get("exact_answer")
     answer = answer[0] if isinstance(answer, list) and len(answer) == 1 else answer
     label = None if answer is None else _named(answer, task.labels)
-    return Classification(_id(record, "id"), " ".join(snippets), _text(record, "body"), label)
+    return Classification(_id(record), " ".join(snippets), _text(record, "body"), label)
 
 
 # ---- Text generation
 
 
 def _generation(key: str, record: Any, task: Task) -> Generation:
-    target = None if record.get("target") is None else _text(record, "target")
-    return Generation(_id(record, "id"), _text(record, "source"), target)
+    source = _text(record, "source")
+    return Generation(_id(record), source, None if record.get("target") is None else _text(record, "target"))
 
 
 def _pairs(file: str) -> Iterator[tuple[str, dict[str, Any]]]:

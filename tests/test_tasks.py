@@ -150,7 +150,11 @@ def test_both_formats_of_pubmedqa_are_one(shared_data):
         ("pubmedqa", BLURB | {"label": "perhaps"}, "the label 'perhaps' is none of maybe, no, yes"),
         ("pubmedqa", PUBMEDQA | {"CONTEXTS": []}, "CONTEXTS is no list of texts"),
         ("pubmedqa", PUBMEDQA | {"QUESTION": 7}, "QUESTION or question is a int and no text"),
+        ("medqa", SENT | {"sent2": 5}, "sent2 is a int and no text"),
+        ("mmlu", {"question": "Which?", "choices": 4, "answer": 1}, "choices is a int and no list"),
         ("bioasq", BIOASQ | {"snippets": []}, "there are no snippets"),
+        ("bioasq", BIOASQ | {"snippets": 3}, "snippets is a int and no list"),
+        ("generation", ["a", "b"], "this is a list and no object"),
         ("bioasq", BIOASQ | {"exact_answer": ["yes", "no"]}, "is none of no, yes"),
         ("generation", {"target": "a"}, "there is no source"),
     ],
@@ -169,6 +173,10 @@ def test_rows_of_mmlu(tmp_path):
     path.write_text("q,a,b,c,d,E\n")
     with pytest.raises(UserError, match=r"a.csv:1: the answer 'E' is none of A, B, C, D"):
         read("mmlu", path)
+    for letter in ("", "AB"):
+        path.write_text(f"q,a,b,c,d,{letter}\n")
+        with pytest.raises(UserError, match=rf"a.csv:1: the answer '{letter}' is none of A, B, C, D"):
+            read("mmlu", path)
     path.write_text("q,a,b,A\n")
     with pytest.raises(UserError, match=r"a.csv:1: there are 4 fields"):
         read("mmlu", path)
