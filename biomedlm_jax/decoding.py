@@ -15,7 +15,7 @@ from biomedlm_jax import model as model_lib
 from biomedlm_jax.attention import causal_attention
 from biomedlm_jax.config import ModelConfig
 from biomedlm_jax.loss import head_logits
-from biomedlm_jax.model import Params
+from biomedlm_jax.model import Attend, Params
 
 
 class Weights(NamedTuple):
@@ -83,9 +83,7 @@ def prefill(
         cache.append(KeysAndValues(*(jnp.pad(x.swapaxes(1, 2), room) for x in (keys, values))))
         return causal_attention(qkv, scale, implementation=config.attention)
 
-    x = _embed(config, weights, tokens, jnp.arange(tokens.shape[1]))
-    for layer, params in enumerate(weights.layers):
-        x = model_lib.merge_block(config, params)(x, layer, attend)
+    x = _run_blocks(config, weights, tokens, jnp.arange(tokens.shape[1]), attend)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     return _logits(config, weights, last), tuple(cache)
 
@@ -113,14 +111,18 @@ def decode(
         probabilities = jax.nn.softmax(scores, axis=-1, where=read).astype(values.dtype)
         return jnp.einsum("bhk,bhkd->bhd", probabilities, values)[:, None]
 
-    x = _embed(config, weights, tokens[:, None], positions[:, None])
-    for layer, params in enumerate(weights.layers):
-        x = model_lib.merge_block(config, params)(x, layer, attend)
+    x = _run_blocks(config, weights, tokens[:, None], positions[:, None], attend)
     return _logits(config, weights, x), tuple(written)
 
 
-def _embed(config: ModelConfig, weights: Weights, tokens: Array, positions: Array) -> Array:
-    return (weights.wte[tokens] + weights.wpe[positions]).astype(config.compute_dtype)
+def _run_blocks(
+    config: ModelConfig, weights: Weights, tokens: Int[Array, "batch seq"], positions: Array, attend: Attend
+) -> Float[Array, "batch seq embd"]:
+    """The residual stream before the last LayerNorm; `attend` is called for each layer in turn."""
+    x = (weights.wte[tokens] + weights.wpe[positions]).astype(config.compute_dtype)
+    for layer, params in enumerate(weights.layers):
+        x = model_lib.merge_block(config, params)(x, layer, attend)
+    return x
 
 
 def _logits(config: ModelConfig, weights: Weights, last: Float[Array, "batch 1 embd"]) -> Float[Array, "batch vocab"]:

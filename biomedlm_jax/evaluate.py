@@ -14,7 +14,7 @@ from etils import epy
 from tqdm import tqdm
 
 from biomedlm_jax.errors import UserError, run_command
-from biomedlm_jax.files import replace_file
+from biomedlm_jax.files import check_output, replace_file
 
 with epy.lazy_imports():
     import jax
@@ -59,8 +59,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, not {args.batch_size}")
-    if args.output and not Path(args.output).absolute().parent.is_dir():
-        raise UserError(f"--output {args.output}: there is no such folder")
+    check_output("--output", args.output)
     results = evaluate(
         args.checkpoint, args.data, step_number=args.step, pile_sets=args.pile_sets, batch_size=args.batch_size
     )

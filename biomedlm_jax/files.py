@@ -18,6 +18,12 @@ def replace_file(path: str | Path, content: bytes) -> None:
     partial.replace(path)
 
 
+def check_output(option: str, path: str | None) -> None:
+    """Raises: UserError: the file that an option names, if any, would lie in a folder that is not there."""
+    if path and not Path(path).absolute().parent.is_dir():
+        raise UserError(f"{option} {path}: there is no such folder")
+
+
 def refuse_mount(path: Path) -> None:
     """Raises: UserError: a folder is a mount point, which a complete one cannot replace."""
     if path.is_mount():

@@ -15,6 +15,7 @@ from etils import epy
 from tqdm import tqdm
 
 from biomedlm_jax.errors import UserError, run_command
+from biomedlm_jax.files import check_output
 from biomedlm_jax.generation_config import GenerationConfig
 
 with epy.lazy_imports():
@@ -60,8 +61,7 @@ def main() -> None:
 def _generate(args: argparse.Namespace, config: GenerationConfig) -> None:
     if args.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, not {args.batch_size}")
-    if args.output and not Path(args.output).absolute().parent.is_dir():
-        raise UserError(f"--output {args.output}: there is no such folder")
+    check_output("--output", args.output)
     texts = args.prompt or _read_prompts(args.prompt_file)
     model = load.load_model(args.checkpoint, args.step, compute_dtype=args.dtype)
     tokenizer = model.tokenizer

@@ -8,7 +8,7 @@ import functools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,10 +39,13 @@ def process(config: GenerationConfig, scores: Float[Array, "rows vocab"], rows: 
     """Scores, logits or log probabilities, with the limits on repetition."""
     tokens, lengths = rows
     length = tokens.shape[1]
-    index = jnp.arange(len(tokens))[:, None]
+
+    def mark(ids: Array, where: Array) -> Array:
+        """The vocabulary of each row, true for those of its ids that `where` chooses."""
+        return jnp.zeros(scores.shape, bool).at[jnp.arange(len(ids))[:, None], ids].max(where)
+
     if config.repetition_penalty != 1:
-        there = jnp.arange(length) < lengths[:, None]
-        seen = jnp.zeros(scores.shape, bool).at[index, tokens].max(there)
+        seen = mark(tokens, jnp.arange(length) < lengths[:, None])
         penalty = config.repetition_penalty
         scores = jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
     if size := config.no_repeat_ngram_size:
@@ -51,7 +54,7 @@ def process(config: GenerationConfig, scores: Float[Array, "rows vocab"], rows: 
         for offset in range(size - 1):
             last = jnp.take_along_axis(tokens, lengths[:, None] - (size - 1) + offset, axis=1)
             repeated &= jnp.roll(tokens, -offset, axis=1) == last
-        banned = jnp.zeros(scores.shape, bool).at[index, jnp.roll(tokens, -(size - 1), axis=1)].max(repeated)
+        banned = mark(jnp.roll(tokens, -(size - 1), axis=1), repeated)
         scores = jnp.where(banned, -jnp.inf, scores)
     return scores
 
@@ -98,8 +101,11 @@ def _advance(
     cache: Cache,
     progress: _Progress,
     ids: Int[Array, "rows"],
-) -> tuple[_Progress, Cache, Int[Array, "rows"]]:
-    """The next token of each row, and the logits of the one behind it; those of rows that have ended are `eos_id`."""
+) -> tuple[_Progress, Cache, Int[Array, "rows"], Bool[Array, ""]]:
+    """The next token of each row, and the logits of the one behind it; those of rows that have ended are `eos_id`.
+
+    Also those tokens, and whether all rows have ended.
+    """
     (tokens, lengths), logits, ended = progress
     keys = jax.vmap(jax.random.fold_in)(
         jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(config.seed), ids), lengths
@@ -109,7 +115,7 @@ def _advance(
     tokens = tokens.at[index, lengths].set(new, mode="drop")
     ended = ended | (new == eos_id)
     logits, cache = decoding.decode(model, weights, cache, new, jnp.minimum(lengths, tokens.shape[1] - 1))
-    return _Progress(Rows(tokens, lengths + ~ended), logits, ended), cache, new
+    return _Progress(Rows(tokens, lengths + ~ended), logits, ended), cache, new, ended.all()
 
 
 class _Search(NamedTuple):
@@ -140,8 +146,8 @@ def _advance_search(
     cache: Cache,
     search: _Search,
     prompt_lengths: Int[Array, "prompts"],
-) -> tuple[_Search, Cache]:
-    """One step of transformers' `_beam_search`, with early_stopping=False."""
+) -> tuple[_Search, Cache, Bool[Array, ""]]:
+    """One step of transformers' `_beam_search`, with early_stopping=False, and whether the search is over."""
     prompts, beams, length = search.tokens.shape
     flat = Rows(search.tokens.reshape(-1, length), jnp.repeat(search.lengths, beams))
     log_probs = process(config, jax.nn.log_softmax(search.logits, axis=-1), flat)
@@ -191,6 +197,7 @@ def _advance_search(
             is_open,
         ),
         cache,
+        ~is_open.any(),
     )
 
 
@@ -223,6 +230,15 @@ def check_prompts(model: ModelConfig, config: GenerationConfig, prompts: Sequenc
             )
 
 
+def _repeat(step: Callable[[], Array], count: int) -> None:
+    """Starts up to `count` steps, until one some steps back says that it was the last needed."""
+    waiting: deque[Array] = deque()
+    for _ in range(count):
+        waiting.append(step())
+        if len(waiting) > _STEPS_AHEAD and waiting.popleft():
+            break
+
+
 def generate(
     model: ModelConfig,
     weights: Weights,
@@ -248,7 +264,6 @@ def generate(
     # Rounded up, so that few programs are compiled.
     seq = min(model.n_positions, -(-int(prompt_lengths.max()) // 32) * 32)
     length = min(model.n_positions, -(-(int(prompt_lengths.max()) + config.max_new_tokens) // 64) * 64)
-    seq = min(seq, length)
     tokens = np.full((len(prompts), length), eos_id, np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
@@ -258,14 +273,15 @@ def generate(
 
     progress = _Progress(Rows(jnp.asarray(tokens), jnp.asarray(prompt_lengths)), logits, jnp.zeros(len(prompts), bool))
     ids = first_id + jnp.arange(len(prompts))
-    waiting: deque[Any] = deque()
-    for _ in range(config.max_new_tokens):
-        progress, cache, new = _advance(model, config, eos_id, weights, cache, progress, ids)
+
+    def step() -> Array:
+        nonlocal progress, cache
+        progress, cache, new, done = _advance(model, config, eos_id, weights, cache, progress, ids)
         if on_tokens:
             on_tokens(np.asarray(new))
-        waiting.append(progress.ended.all())
-        if len(waiting) > _STEPS_AHEAD and waiting.popleft():
-            break
+        return done
+
+    _repeat(step, config.max_new_tokens)
     made, lengths, ended = jax.device_get((*progress.rows, progress.ended))
     return [
         Generated(row[start:end].tolist(), bool(has_ended))
@@ -299,12 +315,13 @@ def _beam_search(
         jnp.zeros((prompts, beams), bool),
         jnp.ones(prompts, bool),
     )
-    waiting: deque[Any] = deque()
-    for _ in range(config.max_new_tokens):
-        search, cache = _advance_search(model, config, eos_id, weights, cache, search, lengths)
-        waiting.append(search.open.any())
-        if len(waiting) > _STEPS_AHEAD and not waiting.popleft():
-            break
+
+    def step() -> Array:
+        nonlocal search, cache
+        search, cache, done = _advance_search(model, config, eos_id, weights, cache, search, lengths)
+        return done
+
+    _repeat(step, config.max_new_tokens)
     made, ends = jax.device_get((search.finished[:, 0], search.finished_lengths[:, 0]))
     results = []
     for row, begin, end in zip(made, prompt_lengths, ends, strict=True):

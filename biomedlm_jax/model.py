@@ -247,28 +247,23 @@ def to_params(model: GPT2) -> Params:
 
 
 @functools.cache
-def _graphdef(config: ModelConfig) -> nnx.GraphDef[GPT2]:
-    return nnx.graphdef(nnx.eval_shape(lambda: GPT2(config, nnx.Rngs(0))))
+def _graphdef(part: Callable[[ModelConfig, nnx.Rngs], Any], config: ModelConfig) -> nnx.GraphDef[Any]:
+    return nnx.graphdef(nnx.eval_shape(lambda: part(config, nnx.Rngs(0))))
 
 
 def merge(config: ModelConfig, params: Params) -> GPT2:
     """The model with these parameters; cheap, for use inside a traced function."""
-    return nnx.merge(_graphdef(config), params)
-
-
-@functools.cache
-def _part_graphdef(part: Callable[[ModelConfig, nnx.Rngs], Any], config: ModelConfig) -> nnx.GraphDef[Any]:
-    return nnx.graphdef(nnx.eval_shape(lambda: part(config, nnx.Rngs(0))))
+    return nnx.merge(_graphdef(GPT2, config), params)
 
 
 def merge_block(config: ModelConfig, params: Params) -> Block:
     """One block with its parameters, of which a model has a stack; cheap, for use inside a traced function."""
-    return nnx.merge(_part_graphdef(Block, config), params)
+    return nnx.merge(_graphdef(Block, config), params)
 
 
 def merge_layer_norm(config: ModelConfig, params: Params) -> nnx.LayerNorm:
     """The last LayerNorm with its parameters; cheap, for use inside a traced function."""
-    return nnx.merge(_part_graphdef(_layer_norm, config), params)
+    return nnx.merge(_graphdef(_layer_norm, config), params)
 
 
 def param_count(config: ModelConfig) -> int:

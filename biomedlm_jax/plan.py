@@ -9,7 +9,6 @@ import dataclasses
 import json
 import logging
 import sys
-from pathlib import Path
 from typing import Any
 
 from etils import epy
@@ -18,6 +17,7 @@ from biomedlm_jax import config as config_lib
 from biomedlm_jax import targets
 from biomedlm_jax.config import Config
 from biomedlm_jax.errors import UserError, run_command
+from biomedlm_jax.files import check_output
 
 # `--help` and mistakes in the settings answer before these are loaded.
 with epy.lazy_imports():
@@ -32,8 +32,7 @@ def main() -> int:
     config, options = config_lib.parse_args_with(
         "plan", "Predict memory, exchange, time and cost of a run on devices that are not here.", _add_options
     )
-    if options.plot and not Path(options.plot).absolute().parent.is_dir():
-        raise UserError(f"--plot {options.plot}: there is no such folder")
+    check_output("--plot", options.plot)
     if options.price is not None and options.price < 0:
         raise UserError(f"--price must not be negative, not {options.price:g}")
     target = targets.parse(options.target)

@@ -1,21 +1,17 @@
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from biomedlm_jax import decoding
 from biomedlm_jax import model as model_lib
-from biomedlm_jax.config import ModelConfig
-
-SMALL = ModelConfig(vocab_size=61, n_positions=24, n_embd=32, n_layer=3, n_head=4, compute_dtype="float32")
 
 
 @pytest.mark.parametrize("changes", [{}, {"scale_attn_by_inverse_layer_idx": False}, {"compute_dtype": "bfloat16"}])
 def test_a_token_at_a_time_equals_all_at_once(changes):
     """Rows of different lengths, each from its own place to the last position of the model."""
-    config = dataclasses.replace(SMALL, **changes)
+    config = tiny.replace(model={"n_positions": 24, "n_layer": 3} | changes).model
     params = jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, model_lib.init_params(config, 0))
     tokens = jax.random.randint(jax.random.key(0), (3, 24), 0, config.vocab_size)
     expected = np.asarray(jax.jit(lambda tokens: model_lib.merge(config, params)(tokens))(tokens))

@@ -1,7 +1,5 @@
 """Generated tokens are transformers' own, token for token."""
 
-import functools
-
 import numpy as np
 import pytest
 
@@ -14,8 +12,9 @@ from biomedlm_jax.load import load_model
 EOS = 100
 
 
-@functools.cache
-def models(folder):
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """A model of transformers, and ours of the same weights: its configuration and its weights."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -33,14 +32,10 @@ def models(folder):
     theirs = transformers.GPT2LMHeadModel(config).eval()
     # Ends of texts come now and then.
     theirs.transformer.ln_f.bias.data += 0.5 * theirs.transformer.wte.weight.data[EOS]
+    folder = tmp_path_factory.mktemp("gpt2")
     theirs.save_pretrained(folder)
     ours = load_model(folder, compute_dtype="float32")
     return theirs, ours.config, decoding.lay_out(ours.config, ours.params)
-
-
-@pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    return models(tmp_path_factory.getbasetemp() / "gpt2_for_generation")
 
 
 def prompts(count, seed=0):

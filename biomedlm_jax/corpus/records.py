@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from biomedlm_jax.corpus.files import shown
 from biomedlm_jax.errors import UserError
@@ -12,34 +12,13 @@ from biomedlm_jax.tokenizer import LONE_SURROGATE
 
 PUBMED_SETS = ("PubMed Abstracts", "PubMed Central")
 
-Reason = Literal[
-    "not JSON",
-    "malformed XML",
-    "wrong type",
-    "no text",
-    "no set name",
-    "invalid UTF-8",
-    "too long",
-    "empty",
-    "another set",
-    "another language",
-    "no abstract",
-    "no article",
-    "not XML",
-]
-
 # Reasons that mean damage; the others are ordinary in sound data.
-BROKEN: tuple[Reason, ...] = (
-    "not JSON",
-    "malformed XML",
-    "wrong type",
-    "no text",
-    "no set name",
-    "invalid UTF-8",
-    "too long",
-)
+_Broken = Literal["not JSON", "malformed XML", "wrong type", "no text", "no set name", "invalid UTF-8", "too long"]
+BROKEN: tuple[_Broken, ...] = get_args(_Broken)
+Reason = Literal[_Broken, "empty", "another set", "another language", "no abstract", "no article", "not XML"]
+
 # What to do where sound data look broken.
-_REMEDIES: dict[Reason, str] = {
+_REMEDIES: dict[_Broken, str] = {
     "not JSON": "each line must be one JSON object",
     "no text": "text_field names the key of the text",
     "no set name": "an empty pile_sets keeps records that do not say in meta.pile_set_name which set they are of",
