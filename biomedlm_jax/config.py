@@ -10,10 +10,10 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 import jsonargparse
 import yaml
@@ -32,7 +32,8 @@ def as_paths(paths: Paths) -> tuple[str, ...]:
     return (paths,) if isinstance(paths, str) else tuple(paths)
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raises: UserError: with the message, unless the condition holds."""
     if not condition:
         raise UserError(message)
 
@@ -75,17 +76,17 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "unroll"):
-            _require(getattr(self, name) >= 1, f"model.{name} must be at least 1, not {getattr(self, name)}")
-        _require(self.n_positions >= 2, "model.n_positions must be at least 2: a row of one token predicts nothing")
+            require(getattr(self, name) >= 1, f"model.{name} must be at least 1, not {getattr(self, name)}")
+        require(self.n_positions >= 2, "model.n_positions must be at least 2: a row of one token predicts nothing")
         for name in ("layer_norm_epsilon", "initializer_range"):
-            _require(getattr(self, name) > 0, f"model.{name} must be above 0, not {getattr(self, name)}")
-        _require(
+            require(getattr(self, name) > 0, f"model.{name} must be above 0, not {getattr(self, name)}")
+        require(
             self.n_embd % self.n_head == 0,
             f"model.n_head must divide model.n_embd: {self.n_embd} / {self.n_head} is not a whole number",
         )
         for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
-            _require(0 <= getattr(self, name) < 1, f"model.{name} must be in [0, 1), not {getattr(self, name)}")
-        _require(
+            require(0 <= getattr(self, name) < 1, f"model.{name} must be in [0, 1), not {getattr(self, name)}")
+        require(
             not self.attn_pdrop or self.attention in ("auto", "reference"),
             f"model.attention: {self.attention} has no dropout of attention probabilities (model.attn_pdrop: "
             f"{self.attn_pdrop}); choose auto or reference",
@@ -143,31 +144,31 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.source != "synthetic":
-            _require(
+            require(
                 bool(as_paths(self.train_files)) or bool(self.dir) or bool(self.mixture),
                 f"data.source {self.source} needs data.train_files, or data.dir of rows prepared before",
             )
         for code in self.languages:
-            _require(
+            require(
                 re.fullmatch("[a-z]{3}", code) is not None,
                 f"data.languages has NLM's codes of three letters, such as eng and ger, not {code}",
             )
-        _require(0 <= self.eval_fraction < 1, f"data.eval_fraction must be in [0, 1), not {self.eval_fraction}")
+        require(0 <= self.eval_fraction < 1, f"data.eval_fraction must be in [0, 1), not {self.eval_fraction}")
         if self.eval_fraction:
-            _require(
+            require(
                 self.source != "synthetic" and not as_paths(self.eval_files),
                 "data.eval_fraction holds documents of data.train_files out: it goes neither with data.eval_files nor "
                 "with source synthetic",
             )
-        _require(self.processes >= 0, f"data.processes must not be negative, not {self.processes}")
-        _require(
+        require(self.processes >= 0, f"data.processes must not be negative, not {self.processes}")
+        require(
             0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction must be in [0, 1], not {self.max_bad_fraction}"
         )
         for name in ("synthetic_documents", "synthetic_eval_documents", "reader_threads"):
-            _require(getattr(self, name) >= 1, f"data.{name} must be at least 1, not {getattr(self, name)}")
+            require(getattr(self, name) >= 1, f"data.{name} must be at least 1, not {getattr(self, name)}")
         for folder, weight in self.mixture.items():
-            _require(bool(folder.strip()), "data.mixture has a folder without a name")
-            _require(
+            require(bool(folder.strip()), "data.mixture has a folder without a name")
+            require(
                 0 < weight < math.inf, f"data.mixture: the weight of {folder} must be a number above 0, not {weight}"
             )
 
@@ -196,11 +197,11 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "eps"):
-            _require(getattr(self, name) > 0, f"optimizer.{name} must be above 0, not {getattr(self, name)}")
+            require(getattr(self, name) > 0, f"optimizer.{name} must be above 0, not {getattr(self, name)}")
         for name in ("beta1", "beta2"):
-            _require(0 <= getattr(self, name) < 1, f"optimizer.{name} must be in [0, 1), not {getattr(self, name)}")
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name} must be in [0, 1), not {getattr(self, name)}")
         for name in ("weight_decay", "warmup_steps", "final_fraction", "clip_norm"):
-            _require(getattr(self, name) >= 0, f"optimizer.{name} must not be negative, not {getattr(self, name)}")
+            require(getattr(self, name) >= 0, f"optimizer.{name} must not be negative, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -219,8 +220,8 @@ class MeshConfig:
     twice the traffic, and is safer past 128 devices. Those of embeddings, biases and LayerNorm take float32 always."""
 
     def __post_init__(self) -> None:
-        _require(self.replica >= 1, f"mesh.replica must be at least 1, not {self.replica}")
-        _require(
+        require(self.replica >= 1, f"mesh.replica must be at least 1, not {self.replica}")
+        require(
             self.fsdp >= 1 or self.fsdp == -1, f"mesh.fsdp must be at least 1, or -1 for the rest, not {self.fsdp}"
         )
 
@@ -261,10 +262,10 @@ class TrainConfig:
             "checkpoint_every",
             "keep_last",
         ):
-            _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}")
+            require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}")
         for name in ("seed", "loss_chunk", "eval_every", "eval_batches", "keep_every"):
-            _require(getattr(self, name) >= 0, f"train.{name} must not be negative, not {getattr(self, name)}")
-        _require(
+            require(getattr(self, name) >= 0, f"train.{name} must not be negative, not {getattr(self, name)}")
+        require(
             self.global_batch_size % self.gradient_accumulation_steps == 0,
             f"train.gradient_accumulation_steps must divide train.global_batch_size: {self.global_batch_size} / "
             f"{self.gradient_accumulation_steps} is not a whole number",
@@ -291,8 +292,8 @@ class RunConfig:
     """Measure at the start how fast the devices exchange data."""
 
     def __post_init__(self) -> None:
-        _require(self.connect_timeout >= 1, f"run.connect_timeout must be at least 1, not {self.connect_timeout}")
-        _require(
+        require(self.connect_timeout >= 1, f"run.connect_timeout must be at least 1, not {self.connect_timeout}")
+        require(
             self.heartbeat_timeout >= 5,
             f"run.heartbeat_timeout must be at least 5, not {self.heartbeat_timeout}: signs come every second",
         )
@@ -310,12 +311,12 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.optimizer.warmup_steps < self.train.steps,
             f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be below train.steps ({self.train.steps})",
         )
         chunk = self.train.loss_chunk
-        _require(
+        require(
             not chunk or self.model.n_positions % chunk == 0,
             f"train.loss_chunk must divide model.n_positions: {self.model.n_positions} / {chunk or 1} "
             "is not a whole number",
@@ -328,7 +329,7 @@ class Config:
         Raises:
           UserError: neither data.dir nor run.dir says where.
         """
-        _require(bool(self.data.dir or self.run.dir), "neither run.dir nor data.dir is set: say where rows shall lie")
+        require(bool(self.data.dir or self.run.dir), "neither run.dir nor data.dir is set: say where rows shall lie")
         return Path(self.data.dir) if self.data.dir else Path(self.run.dir) / "prepared"
 
     @property
@@ -337,8 +338,13 @@ class Config:
         return {Path(folder): weight for folder, weight in self.data.mixture.items()} or {self.prepared_dir: 1.0}
 
 
+C = TypeVar("C")
+
+
 class _Parser(jsonargparse.ArgumentParser):
     """Says what is wrong in one line, with the nearest setting for an unknown one."""
+
+    kind: type = Config
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         message = " ".join(str(message).split()).replace("Parser key ", "")
@@ -348,16 +354,16 @@ class _Parser(jsonargparse.ArgumentParser):
         in_group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
         if unknown or in_group:
             key = unknown[1] if unknown else f"{in_group[1]}.{in_group[2]}" if in_group else ""
-            message = f"unknown setting {key}{_nearest(key)} (--help lists every setting)"
+            message = f"unknown setting {key}{_nearest(key, self.kind)} (--help lists every setting)"
         raise UserError(message) from ex
 
 
-def _setting_names() -> list[str]:
-    return [f"{group}.{name}" for group, settings in dataclasses.asdict(Config()).items() for name in settings]
+def _setting_names(kind: type = Config) -> list[str]:
+    return [f"{group}.{name}" for group, settings in dataclasses.asdict(kind()).items() for name in settings]
 
 
-def _nearest(key: str) -> str:
-    names = _setting_names()
+def _nearest(key: str, kind: type) -> str:
+    names = _setting_names(kind)
     leaf = key.rpartition(".")[2]
     close = (
         difflib.get_close_matches(key, names, n=1, cutoff=0.7)
@@ -369,12 +375,18 @@ def _nearest(key: str) -> str:
 
 
 def _parser(
-    prog: str, description: str, add_options: Callable[[jsonargparse.ArgumentParser], None] = lambda parser: None
+    kind: type,
+    prog: str,
+    description: str,
+    add_options: Callable[[jsonargparse.ArgumentParser], None] = lambda parser: None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> _Parser:
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser.kind = kind
     parser.add_argument("--config", action="config", help="YAML file of settings; dotted options win over it.")
     add_options(parser)
-    parser.add_class_arguments(Config)
+    parser.add_class_arguments(kind)
+    parser.set_defaults(dict(defaults or {}))
     return parser
 
 
@@ -398,9 +410,16 @@ def parse_args_with(
     description: str,
     add_options: Callable[[jsonargparse.ArgumentParser], None],
     args: list[str] | None = None,
-) -> tuple[Config, jsonargparse.Namespace]:
-    """`parse_args` for a command with options of its own, which `add_options` adds; returns their values, too."""
-    parser = _parser(f"python -m biomedlm_jax.{command}", description, add_options)
+    kind: type[C] = Config,  # type: ignore[assignment]
+    defaults: Mapping[str, Any] | None = None,
+) -> tuple[C, jsonargparse.Namespace]:
+    """`parse_args` for a command with options of its own, which `add_options` adds; returns their values, too.
+
+    Args:
+      kind: the class of the configuration, whose fields are groups of settings.
+      defaults: other defaults than the class's, by 'group.name'.
+    """
+    parser = _parser(kind, f"python -m biomedlm_jax.{command}", description, add_options, defaults)
     values = jsonargparse.Namespace()
 
     def parse() -> jsonargparse.Namespace:
@@ -410,13 +429,22 @@ def parse_args_with(
     return _instantiate(parser, parse), values
 
 
-def load_config(path: str | Path) -> Config:
+def peek(setting: str, kind: type, args: list[str] | None = None) -> Any:
+    """The value that a command line, or the file that it names, gives a setting; no values are checked by it.
+
+    Raises:
+      UserError: see `parse_args`.
+    """
+    return _parsed(lambda: _parser(kind, "", "").parse_args(args))[setting]
+
+
+def load_config(path: str | Path, kind: type[C] = Config) -> C:  # type: ignore[assignment]
     """The configuration in a YAML file, as `save_config` writes it.
 
     Raises:
       UserError: the file is missing, is not YAML, or holds an unknown setting; names the file.
     """
-    parser = _parser(str(path), "")
+    parser = _parser(kind, str(path), "")
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist: is {Path(path).parent} the folder of a run?")
     try:
@@ -425,17 +453,21 @@ def load_config(path: str | Path) -> Config:
         raise UserError(f"{path}: {error}") from error
 
 
-def _instantiate(parser: _Parser, parse: Callable[[], jsonargparse.Namespace]) -> Config:
+def _instantiate(parser: _Parser, parse: Callable[[], jsonargparse.Namespace]) -> Any:
+    values = _parsed(lambda: parser.instantiate(parse()))
+    return parser.kind(**{group.name: values[group.name] for group in dataclasses.fields(parser.kind)})
+
+
+def _parsed(parse: Callable[[], jsonargparse.Namespace]) -> jsonargparse.Namespace:
     try:
-        values = parser.instantiate(parse())
+        return parse()
     except UnicodeDecodeError as error:
         raise UserError(f"the configuration is not UTF-8: {error}") from error
     except TypeError as error:
         raise UserError("the configuration must have groups of settings, such as model: {n_layer: 2}") from error
-    return Config(**{group.name: values[group.name] for group in dataclasses.fields(Config)})
 
 
-def save_config(config: Config, path: str | Path) -> None:
+def save_config(config: Any, path: str | Path) -> None:
     """Writes every setting to a YAML file that `--config` and `load_config` read back."""
     values = {
         group: {key: list(value) if isinstance(value, tuple) else value for key, value in section.items()}
@@ -446,6 +478,7 @@ def save_config(config: Config, path: str | Path) -> None:
 
 # Settings that may change when a run goes on: they decide how and where it is computed, not what.
 _MAY_CHANGE = {
+    "task": {"train_files", "eval_files"},
     "model": {"attention", "remat", "unroll"},
     "train": {
         "gradient_accumulation_steps",
@@ -456,21 +489,23 @@ _MAY_CHANGE = {
         "checkpoint_every",
         "keep_last",
         "keep_every",
+        "patience",
     },
 }
 
 
-def differences(before: Config, after: Config) -> list[str]:
+def differences(before: Any, after: Any) -> list[str]:
     """The settings that make `after` another run than `before`: 'model.n_layer was 2, is 4'.
 
     The data are not compared, but for what is made of them: a checkpoint records the hash of the rows themselves.
     """
     found = []
-    old, new = before.data.document_attention, after.data.document_attention
-    if old != new:
-        found.append(f"data.document_attention was {old}, is {new}")
-    for group in ("model", "optimizer", "train"):
+    for group in ("data", "task", "model", "lora", "optimizer", "train"):
+        if not hasattr(after, group):
+            continue
         there, here = (dataclasses.asdict(getattr(config, group)) for config in (before, after))
+        if group == "data":
+            here = {"document_attention": here["document_attention"]}
         found += [
             f"{group}.{name} was {there[name]}, is {here[name]}"
             for name in here

@@ -11,11 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, traverse_util
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from biomedlm_jax.attention import causal_attention, dropout
 from biomedlm_jax.config import ModelConfig
+from biomedlm_jax.finetune_config import LoraConfig
 from biomedlm_jax.kernels.documents import documents
 from biomedlm_jax.kernels.flash_attention import CHECKPOINT_NAME
 from biomedlm_jax.loss import head_logits
@@ -30,15 +31,21 @@ Attend = Callable[..., Float[Array, "batch seq heads head_dim"]]
 
 
 class Linear(nnx.Linear):
-    """A product in the compute type, and a bias in float32.
+    """A product in the compute type, perhaps with a low-rank one beside it, and a bias in float32.
 
     The gradient of a bias is a sum over all tokens of the batch. In bfloat16 such a sum stops to grow after some
     hundred terms: it was 20 % off at 16,384 tokens.
     """
 
+    lora: nnx.LoRA | None = None
+    lora_scale: float = 1.0
+
     def __call__(self, x: Float[Array, "*batch width_in"]) -> Float[Array, "*batch width_out"]:  # type: ignore[override]
         """`x` times the kernel plus the bias, in the type of `x`."""
         product = x @ self.kernel[...].astype(x.dtype)
+        if self.lora is not None:
+            # Apart from the frozen kernel, whose gradient would be the dearest product of all.
+            product = product + self.lora(x) * self.lora_scale
         return (product + self.bias[...]).astype(x.dtype)  # type: ignore[index]
 
 
@@ -121,6 +128,18 @@ class Block(nnx.Module):
         return x + dropout(self.mlp(self.ln_2(x)), self.resid_pdrop, mlp_out_keys)
 
 
+def _add_lora(block: Block, lora: LoraConfig, dtype: Any, rngs: nnx.Rngs) -> Block:
+    """Adds what LoRA trains, 0 at first: https://github.com/huggingface/peft, LoraLayer.reset_lora_parameters."""
+    a_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+    layers = {"c_attn": [block.attn.c_attn], "c_proj": [block.attn.c_proj, block.mlp.c_proj], "c_fc": [block.mlp.c_fc]}
+    for name in lora.modules:
+        for layer in layers[name]:
+            width_in, width_out = layer.in_features, layer.out_features
+            layer.lora = nnx.LoRA(width_in, lora.rank, width_out, dtype=dtype, a_initializer=a_init, rngs=rngs)
+            layer.lora_scale = lora.scale
+    return block
+
+
 def _fold_in(keys: Key[Array, "batch"], number: Int[Array, ""] | int) -> Key[Array, "batch"]:
     return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
@@ -152,7 +171,7 @@ REMAT_POLICIES = {
 class GPT2(nnx.Module):
     """The language model: embeddings, scanned blocks, a last LayerNorm, and a head tied to the embedding."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, lora: LoraConfig | None = None):
         self.config = config
         embedding = functools.partial(
             nnx.Embed,
@@ -162,7 +181,12 @@ class GPT2(nnx.Module):
         )
         self.wte = embedding(config.vocab_size)
         self.wpe = embedding(config.n_positions)
-        self.h = nnx.vmap(lambda block_rngs: Block(config, block_rngs))(rngs.split(config.n_layer))
+
+        def block(rngs: nnx.Rngs) -> Block:
+            made = Block(config, rngs)
+            return _add_lora(made, lora, jnp.dtype(config.compute_dtype), rngs) if lora and lora.rank else made
+
+        self.h = nnx.vmap(block)(rngs.split(config.n_layer))
         self.ln_f = _layer_norm(config, rngs)
 
     def hidden_states(
@@ -236,9 +260,9 @@ class GPT2(nnx.Module):
         return head_logits(hidden, self.wte.embedding[...])
 
 
-def init_params(config: ModelConfig, seed: int) -> Params:
+def init_params(config: ModelConfig, seed: int, lora: LoraConfig | None = None) -> Params:
     """Initial float32 parameters, N(0, initializer_range) as GPT-2's; a pure function of its arguments."""
-    return to_params(GPT2(config, nnx.Rngs(seed)))
+    return to_params(GPT2(config, nnx.Rngs(seed), lora))
 
 
 def to_params(model: GPT2) -> Params:
@@ -247,13 +271,25 @@ def to_params(model: GPT2) -> Params:
 
 
 @functools.cache
-def _graphdef(part: Callable[[ModelConfig, nnx.Rngs], Any], config: ModelConfig) -> nnx.GraphDef[Any]:
-    return nnx.graphdef(nnx.eval_shape(lambda: part(config, nnx.Rngs(0))))
+def _graphdef(part: Callable[..., Any], config: ModelConfig, *options: Any) -> nnx.GraphDef[Any]:
+    return nnx.graphdef(nnx.eval_shape(lambda: part(config, nnx.Rngs(0), *options)))
 
 
-def merge(config: ModelConfig, params: Params) -> GPT2:
-    """The model with these parameters; cheap, for use inside a traced function."""
-    return nnx.merge(_graphdef(GPT2, config), params)
+def merge(config: ModelConfig, params: Params, lora: LoraConfig | None = None) -> GPT2:
+    """The model with these parameters; cheap, for use inside a traced function.
+
+    Args:
+      lora: what the parameters of LoRA are among `params` for, if they are.
+    """
+    return nnx.merge(_graphdef(GPT2, config, lora), params)
+
+
+def combine(*parts: Params) -> Params:
+    """Parameters of which each part holds some."""
+    flat: dict[tuple[str, ...], Any] = {}
+    for part in parts:
+        flat |= traverse_util.flatten_dict(part)
+    return traverse_util.unflatten_dict(flat)
 
 
 def merge_block(config: ModelConfig, params: Params) -> Block:

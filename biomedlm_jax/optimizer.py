@@ -1,5 +1,6 @@
 """Decoupled AdamW and its schedule, as optax transformations."""
 
+import math
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import optax
 from jaxtyping import Array, ArrayLike, Float
 
 from biomedlm_jax.config import OptimizerConfig
+from biomedlm_jax.finetune_config import FinetuneOptimizerConfig
 
 
 def cosine_with_warmup(
@@ -36,6 +38,21 @@ def cosine_with_warmup(
     return schedule
 
 
+def linear_with_warmup(peak_learning_rate: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
+    """Linear warm-up from 0, then linear decay to 0 at `total_steps`; transformers' get_linear_schedule_with_warmup.
+
+    Returns:
+      A function from completed steps to the learning rate.
+    """
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(0, peak_learning_rate, warmup_steps),
+            optax.linear_schedule(peak_learning_rate, 0, total_steps - warmup_steps),
+        ],
+        [warmup_steps],
+    )
+
+
 def decoupled_adamw(
     schedule: optax.ScalarOrSchedule,
     peak_learning_rate: float,
@@ -60,8 +77,10 @@ def decoupled_adamw(
     return optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay / peak_learning_rate)
 
 
-def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+def make_schedule(config: OptimizerConfig | FinetuneOptimizerConfig, total_steps: int) -> optax.Schedule:
     """The learning rate of a run by completed steps."""
+    if isinstance(config, FinetuneOptimizerConfig):
+        return linear_with_warmup(config.learning_rate, math.ceil(config.warmup_fraction * total_steps), total_steps)
     return cosine_with_warmup(config.learning_rate, config.warmup_steps, total_steps, config.final_fraction)
 
 
@@ -78,16 +97,18 @@ def clip_by_known_norm(max_norm: float) -> optax.GradientTransformationExtraArgs
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformationExtraArgs:
-    """Clipping by global norm, then Decoupled AdamW under the run's schedule; `update` takes `grad_norm`."""
-    adamw = decoupled_adamw(
-        make_schedule(config, total_steps),
-        config.learning_rate,
-        config.beta1,
-        config.beta2,
-        config.eps,
-        weight_decay=config.weight_decay,
-    )
+def make_optimizer(
+    config: OptimizerConfig | FinetuneOptimizerConfig, total_steps: int
+) -> optax.GradientTransformationExtraArgs:
+    """Clipping by global norm, then AdamW under the run's schedule; `update` takes `grad_norm`.
+
+    Of pretraining Decoupled AdamW, of fine-tuning torch's and optax's.
+    """
+    schedule, betas = make_schedule(config, total_steps), (config.beta1, config.beta2)
+    if isinstance(config, FinetuneOptimizerConfig):
+        adamw = optax.adamw(schedule, *betas, eps=config.eps, weight_decay=config.weight_decay)
+    else:
+        adamw = decoupled_adamw(schedule, config.learning_rate, *betas, config.eps, weight_decay=config.weight_decay)
     if not config.clip_norm:
         return optax.with_extra_args_support(adamw)
     return optax.chain(clip_by_known_norm(config.clip_norm), adamw)

@@ -38,9 +38,14 @@ BATCH_SPEC = P(AXES)
 _PARAM_SPECS = (
     (r"(wte|wpe)/embedding", P(None, "fsdp")),
     (r"h/.*/kernel", P(None, "fsdp", None)),
+    (r"h/.*/lora_a", P(None, "fsdp", None)),
+    (r"h/.*/lora_b", P(None, None, "fsdp")),  # its other width is the rank
     (r"h/.*/(bias|scale)", P(None, "fsdp")),
     (r"ln_f/(bias|scale)", P("fsdp")),
+    (r"score/kernel", P("fsdp", None)),
 )
+# Those that are gathered a layer at a time.
+_LAYER_KERNEL = re.compile(r"(^|/)h/.*/kernel$")
 
 
 def mesh_shape(config: MeshConfig, count: int, named: str) -> tuple[int, int]:
@@ -227,11 +232,15 @@ def gather_kernels(exchange: Exchange, layer: Any) -> Any:
     the only one with a gradient of its own that takes a matrix, and by the name of its result.
     """
     name = GATHERED_AND_KEPT if exchange.keep else GATHERED
-    return jax.tree.map(lambda x: checkpoint_name(_gather_kernel(exchange, x), name) if x.ndim == 2 else x, layer)
+
+    def gather(path: Any, x: Array) -> Array:
+        return checkpoint_name(_gather_kernel(exchange, x), name) if path[-1].key == "kernel" else x
+
+    return jax.tree_util.tree_map_with_path(gather, layer)
 
 
 def gather_all_but_kernels(exchange: Exchange, params: Any) -> Any:
-    """Parameters with all whole but the kernels of the layers, which are gathered a layer at a time.
+    """Parameters, or some of them, with all whole but the kernels of the layers, which are gathered a layer at a time.
 
     All travel packed, embeddings in the exchange's type, which rounds them, and vectors in float32; all come out in
     float32, so that their gradients, sums over many tokens, are taken and reduced in it.
@@ -240,7 +249,7 @@ def gather_all_but_kernels(exchange: Exchange, params: Any) -> Any:
         return params
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    packed = [i for i, path in enumerate(paths) if not path.endswith("kernel")]
+    packed = [i for i, path in enumerate(paths) if not _LAYER_KERNEL.search(path)]
     values = [leaf for _, leaf in leaves]
     axes = tuple(_param_spec(paths[i]).index("fsdp") for i in packed)
     large = tuple(paths[i].endswith("embedding") for i in packed)
@@ -257,6 +266,8 @@ def _gather_packed(
     whole: list[Any] = [None] * len(shards)
     for kind, dtype in ((True, exchange.dtype), (False, jnp.float32)):
         chosen = [i for i, is_large in enumerate(large) if is_large == kind]
+        if not chosen:
+            continue
         parts = exchange.all_gather(_pack([shards[i].astype(dtype) for i in chosen]))
         parts = parts.reshape(exchange.fsdp, -1)
         start = 0
