@@ -5,23 +5,26 @@
     RUN/checkpoints/<step>/metadata     JSON: what else the step needs to go on, such as which rows were read
 
 Parameters and optimizer are apart so that evaluation and export read only what they need. A checkpoint without
-`optimizer` holds weights to start from, not a run to go on with.
+`optimizer` holds weights to start from, not a run to go on with. Of a fine-tuning run there are two at most, the newest
+and the best, which the newest one's metadata names; those of LoRA hold what was trained only.
 """
 
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import yaml
 
 from biomedlm_jax import config as config_lib
-from biomedlm_jax.config import ModelConfig, TrainConfig
+from biomedlm_jax.config import Config
 from biomedlm_jax.errors import UserError, reason
+from biomedlm_jax.finetune_config import FinetuneConfig
 from biomedlm_jax.model import Params, init_params
 from biomedlm_jax.step import TrainState
 
@@ -38,16 +41,45 @@ def checkpoint_folder(run_dir: str | Path) -> Path:
     return Path(os.path.abspath(run_dir)) / "checkpoints"
 
 
+def read_config(run_dir: str | Path) -> Config | FinetuneConfig:
+    """The configuration of a run, of pretraining or of fine-tuning.
+
+    Raises:
+      UserError: see `config.load_config`.
+    """
+    path = Path(run_dir) / CONFIG_FILE
+    try:
+        groups = yaml.safe_load(path.read_bytes())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        groups = None  # to be explained by what follows
+    kind = FinetuneConfig if isinstance(groups, dict) and "task" in groups else Config
+    return config_lib.load_config(path, kind)
+
+
+class _LatestAndBest:
+    """Keeps the newest checkpoint, and the one that is called the best."""
+
+    best: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        return [found.step in (checkpoints[-1].step, self.best) for found in checkpoints]
+
+
 class Checkpointer:
     """Saves and restores the train state of one run."""
 
-    def __init__(self, run_dir: str | Path, config: TrainConfig):
+    def __init__(self, run_dir: str | Path, config: Config | FinetuneConfig):
         folder = checkpoint_folder(run_dir)
         if jax.process_index() == 0:
             for unfinished in folder.glob("*.orbax-checkpoint-tmp*"):
                 # Of a crash or a full disk: Orbax gives a checkpoint its name when it is complete.
                 shutil.rmtree(unfinished, ignore_errors=True)
-        options = ocp.CheckpointManagerOptions(max_to_keep=config.keep_last, keep_period=config.keep_every or None)
+        self._kept = _LatestAndBest()
+        if isinstance(config, FinetuneConfig):
+            options = ocp.CheckpointManagerOptions(preservation_policy=self._kept)
+        else:
+            train = config.train
+            options = ocp.CheckpointManagerOptions(max_to_keep=train.keep_last, keep_period=train.keep_every or None)
         self._manager = ocp.CheckpointManager(folder, options=options)
 
     def latest_step(self) -> int | None:
@@ -57,11 +89,15 @@ class Checkpointer:
     def save(self, state: TrainState, metadata: dict[str, Any]) -> None:
         """Starts to save the state of its step, and returns once the state may be changed.
 
+        Args:
+          metadata: as JSON; of fine-tuning with the step that is the best, as 'best_step'.
+
         Raises:
           UserError: this save, or an earlier one in the background, failed; what was complete before stays.
         """
         # Orbax has exchanges of its own to make its processes wait for each other: none may meet those of a step.
         jax.block_until_ready(state)
+        self._kept.best = metadata.get("best_step")
         with self._failures_named():
             self._manager.check_for_errors()
             self._manager.save(
@@ -153,7 +189,7 @@ def has_steps(run_dir: str | Path) -> bool:
 
 
 def find_step(run_dir: str | Path, step: int | None = None) -> int:
-    """`step`, or the newest checkpoint of a run.
+    """`step`, or the newest checkpoint of a run, of fine-tuning the best one.
 
     Raises:
       UserError: there is no such run, checkpoint, or step; lists the steps that there are.
@@ -166,7 +202,14 @@ def find_step(run_dir: str | Path, step: int | None = None) -> int:
         raise UserError(f"{run_dir} has no checkpoint yet")
     if step is not None and step not in steps:
         raise UserError(f"{run_dir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
-    return steps[-1] if step is None else step
+    if step is not None:
+        return step
+    metadata = folder / str(steps[-1]) / "metadata"
+    if isinstance(read_config(run_dir), FinetuneConfig) and metadata.is_dir():
+        with _explained(metadata.parent), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            best = checkpointer.restore(metadata).get("best_step")
+        return best if best in steps else steps[-1]
+    return steps[-1]
 
 
 def load_params(run_dir: str | Path, step: int | None = None, shardings: Params | None = None) -> Params:
@@ -176,13 +219,18 @@ def load_params(run_dir: str | Path, step: int | None = None, shardings: Params 
       UserError: see `find_step`.
     """
     step = find_step(run_dir, step)
-    config = config_lib.load_config(Path(run_dir) / CONFIG_FILE).model
-    return restore_params(checkpoint_folder(run_dir) / str(step) / "params", config, shardings)
+    model = read_config(run_dir).model
+    abstract = jax.eval_shape(lambda: init_params(model, 0))
+    return restore_params(run_dir, step, abstract, shardings)
 
 
-def restore_params(folder: Path, config: ModelConfig, shardings: Params | None = None) -> Params:
-    """The parameters in a checkpoint's `params` folder, laid out by `shardings` or on one device."""
-    abstract = jax.eval_shape(lambda: init_params(config, 0))
+def restore_params(run_dir: str | Path, step: int, abstract: Params, shardings: Params | None = None) -> Params:
+    """The parameters of a checkpoint, laid out by `shardings` or on one device.
+
+    Args:
+      abstract: their shapes and types.
+    """
+    folder = checkpoint_folder(run_dir) / str(step) / "params"
     if shardings is None:
         shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract)
     abstract = jax.tree.map(

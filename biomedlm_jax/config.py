@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn
 
 import jsonargparse
 import yaml
@@ -221,9 +221,7 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         require(self.replica >= 1, f"mesh.replica must be at least 1, not {self.replica}")
-        require(
-            self.fsdp >= 1 or self.fsdp == -1, f"mesh.fsdp must be at least 1, or -1 for the rest, not {self.fsdp}"
-        )
+        require(self.fsdp >= 1 or self.fsdp == -1, f"mesh.fsdp must be at least 1, or -1 for the rest, not {self.fsdp}")
 
 
 @dataclass(frozen=True)
@@ -338,9 +336,6 @@ class Config:
         return {Path(folder): weight for folder, weight in self.data.mixture.items()} or {self.prepared_dir: 1.0}
 
 
-C = TypeVar("C")
-
-
 class _Parser(jsonargparse.ArgumentParser):
     """Says what is wrong in one line, with the nearest setting for an unknown one."""
 
@@ -410,9 +405,9 @@ def parse_args_with(
     description: str,
     add_options: Callable[[jsonargparse.ArgumentParser], None],
     args: list[str] | None = None,
-    kind: type[C] = Config,  # type: ignore[assignment]
+    kind: type = Config,
     defaults: Mapping[str, Any] | None = None,
-) -> tuple[C, jsonargparse.Namespace]:
+) -> tuple[Any, jsonargparse.Namespace]:
     """`parse_args` for a command with options of its own, which `add_options` adds; returns their values, too.
 
     Args:
@@ -438,7 +433,7 @@ def peek(setting: str, kind: type, args: list[str] | None = None) -> Any:
     return _parsed(lambda: _parser(kind, "", "").parse_args(args))[setting]
 
 
-def load_config(path: str | Path, kind: type[C] = Config) -> C:  # type: ignore[assignment]
+def load_config(path: str | Path, kind: type = Config) -> Any:
     """The configuration in a YAML file, as `save_config` writes it.
 
     Raises:

@@ -37,6 +37,7 @@ import biomedlm_jax
 from biomedlm_jax import errors
 from biomedlm_jax.config import Config, RunConfig
 from biomedlm_jax.errors import UserError
+from biomedlm_jax.finetune_config import FinetuneConfig
 
 with epy.lazy_imports():
     import jax
@@ -182,7 +183,7 @@ class Job:
 
 
 @contextlib.contextmanager
-def join(config: Config) -> Iterator[Job]:
+def join(config: Config | FinetuneConfig) -> Iterator[Job]:
     """Meets the other processes of the run, before any device is used; at the end waits for them to end, too.
 
     If one of several processes fails, all of them end with a message that names it: this process then exits here.
@@ -349,7 +350,7 @@ class _Member(Job):
 
     # ---- From the first to the last
 
-    def meet(self, config: Config) -> None:
+    def meet(self, config: Config | FinetuneConfig) -> None:
         """Learns who is there.
 
         Raises:

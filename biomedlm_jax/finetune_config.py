@@ -1,7 +1,6 @@
 """Every setting of fine-tuning, beside those of `config` that it shares with pretraining.
 
-Defaults are those of BioMedLM's fine-tuning code (https://github.com/stanford-crfm/BioMedLM/tree/main/finetune) where it
-gives a number.
+Defaults are those of https://github.com/stanford-crfm/BioMedLM/tree/main/finetune where it gives a number.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from biomedlm_jax.config import MeshConfig, ModelConfig, Paths, RunConfig, as_paths, require
 
@@ -137,7 +136,7 @@ class FinetuneTrainConfig:
 
 
 # The dropout of BioMedLM's published configuration, which Hugging Face's trainer puts to use.
-FINETUNE_DROPOUT = {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1}
+_PUBLISHED_DROPOUT: dict[str, Any] = {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1}
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ class FinetuneConfig:
     """All settings of fine-tuning. The sizes under model are by default those of run.init_from."""
 
     task: TaskConfig = field(default_factory=TaskConfig)
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(**FINETUNE_DROPOUT))
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(**_PUBLISHED_DROPOUT))
     lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: FinetuneOptimizerConfig = field(default_factory=FinetuneOptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)

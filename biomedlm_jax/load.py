@@ -10,11 +10,12 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Bool, Float, Int
 
-from biomedlm_jax import checkpoint, huggingface
+from biomedlm_jax import adaptation, checkpoint, huggingface, sharding
 from biomedlm_jax import model as model_lib
 from biomedlm_jax import tokenizer as tokenizer_lib
-from biomedlm_jax.config import ModelConfig, load_config
+from biomedlm_jax.config import Config, ModelConfig
 from biomedlm_jax.errors import UserError
+from biomedlm_jax.finetune_config import FinetuneConfig
 from biomedlm_jax.model import Params
 
 
@@ -117,6 +118,11 @@ def load_model(
       UserError: the folder is neither, or is damaged; see `checkpoint.find_step` and `huggingface.load_params`.
     """
     path = Path(path)
+    if (task := read_task(path)) and adaptation.scores_per_row(task):
+        raise UserError(
+            f"{path} was fine-tuned to answer {task.task.name} by a head, and predicts no words: ask it with "
+            f"python -m biomedlm_jax.evaluate --task {task.task.name}"
+        )
     if compute_dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"compute_dtype must be float32 or bfloat16, not {compute_dtype}")
     config = read_config(path)
@@ -134,7 +140,7 @@ def read_config(path: str | Path) -> ModelConfig:
     path = Path(path)
     if _is_run(path):
         # How attention is computed is a matter of the device that it is computed on.
-        return dataclasses.replace(load_config(path / checkpoint.CONFIG_FILE).model, attention="auto")
+        return dataclasses.replace(checkpoint.read_config(path).model, attention="auto")
     if (path / "config.json").is_file():
         return huggingface.read_config(path)
     raise UserError(
@@ -145,16 +151,32 @@ def read_config(path: str | Path) -> ModelConfig:
 
 def document_attention(path: str | Path) -> bool:
     """Whether a run was trained to attend within documents only; false of a Hugging Face folder, which cannot say."""
-    return _is_run(Path(path)) and load_config(Path(path) / checkpoint.CONFIG_FILE).data.document_attention
+    if not _is_run(Path(path)):
+        return False
+    config = checkpoint.read_config(path)
+    return isinstance(config, Config) and config.data.document_attention
+
+
+def read_task(path: str | Path) -> FinetuneConfig | None:
+    """The configuration of a fine-tuning run; None of other folders."""
+    config = checkpoint.read_config(path) if _is_run(Path(path)) else None
+    return config if isinstance(config, FinetuneConfig) else None
 
 
 def load_params(path: str | Path, step: int | None = None, shardings: Params | None = None) -> Params:
     """The parameters in a run's folder or a Hugging Face folder, on one device unless `shardings` says otherwise.
 
+    Those of a fine-tuned model have what LoRA trained merged in, and perhaps a head, as 'score'.
+
+    Args:
+      shardings: of all but a head.
+
     Raises:
       UserError: see `load_model`.
     """
     path = Path(path)
+    if task := read_task(path):
+        return _load_finetuned(path, task, step, shardings)
     if _is_run(path):
         return checkpoint.load_params(path, step, shardings)
     if step is not None:
@@ -165,6 +187,34 @@ def load_params(path: str | Path, step: int | None = None, shardings: Params | N
     return traverse_util.unflatten_dict({name: _place(flat.pop(name), where[name]) for name in list(flat)}, sep="/")
 
 
+def _load_finetuned(path: Path, config: FinetuneConfig, step: int | None, shardings: Params | None) -> Params:
+    mesh = jax.tree.leaves(shardings)[0].mesh if shardings else None
+
+    def lie(abstract: Params) -> Params | None:
+        return sharding.tree_shardings(mesh, abstract) if mesh else None
+
+    abstract, _ = adaptation.abstract_start(config)
+    trained = checkpoint.restore_params(path, checkpoint.find_step(path, step), abstract, lie(abstract))
+    if not adaptation.lora_of(config):
+        return trained
+    try:
+        base = load_base(config, shardings)
+    except UserError as error:
+        raise UserError(f"{path} holds what LoRA trained beside the weights of run.init_from: {error}") from error
+    finish = functools.partial(adaptation.finish, config)
+    return jax.jit(finish, out_shardings=lie(jax.eval_shape(finish, trained, base)))(trained, base)
+
+
+def load_base(config: FinetuneConfig, shardings: Params | None = None) -> Params:
+    """The parameters that a fine-tuning run starts from, without a head that they may have had.
+
+    Raises:
+      UserError: see `start_from`.
+    """
+    params = start_from(config.run.init_from, config.model, shardings, but_words=True)
+    return {name: part for name, part in params.items() if name != "score"}
+
+
 def _place(array: np.ndarray, where: jax.sharding.Sharding | None) -> Array:
     if where is None:
         return jax.device_put(array)
@@ -172,15 +222,20 @@ def _place(array: np.ndarray, where: jax.sharding.Sharding | None) -> Array:
     return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
 
-def start_from(path: str | Path, config: ModelConfig, shardings: Params) -> Params:
+def start_from(
+    path: str | Path, config: ModelConfig, shardings: Params | None = None, but_words: bool = False
+) -> Params:
     """The parameters in a folder for a model of another run, which must have the same architecture.
+
+    Args:
+      but_words: whether the number of words may differ.
 
     Raises:
       UserError: names the first setting that differs; or see `load_model`.
     """
     there = read_config(path)
     for name in (
-        "vocab_size",
+        *(() if but_words else ("vocab_size",)),
         "n_positions",
         "n_embd",
         "n_layer",

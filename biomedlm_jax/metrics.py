@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from biomedlm_jax.config import Config
 from biomedlm_jax.errors import UserError
-from biomedlm_jax.model import flops_per_token
+from biomedlm_jax.finetune_config import FinetuneConfig
 from biomedlm_jax.targets import peak_flops
 
 logger = logging.getLogger(__name__)
@@ -26,15 +27,17 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Throughput:
-    """Seconds a step, tokens per second, and model FLOPs utilization since the last reading.
+    """Seconds a step, what is read a second, and model FLOPs utilization since the last reading.
 
     Compilation, evaluations and checkpoints do not count: call `restart` after them.
     """
 
-    def __init__(self, config: Config):
-        self._tokens_per_step = config.train.global_batch_size * config.model.n_positions
+    def __init__(self, per_step: Mapping[str, float], flops_per_step: float | None = None):
+        """Args: `per_step`, what a step reads, such as 'tokens', and `flops_per_step`, if they are to be counted."""
+        self._per_step = per_step
         peak = peak_flops(jax.devices()[0].device_kind)
-        self._mfu_per_rate = flops_per_token(config.model) / (peak * jax.device_count()) if peak else None
+        self._counts_flops = flops_per_step is not None
+        self._mfu_seconds = flops_per_step / (peak * jax.device_count()) if peak and flops_per_step else None
         self.restart(0)
 
     def restart(self, step: int) -> None:
@@ -48,15 +51,16 @@ class Throughput:
             return {}
         seconds = (time.perf_counter() - self._time) / steps
         self.restart(step)
-        rate = self._tokens_per_step / seconds
-        mfu = None if self._mfu_per_rate is None else rate * self._mfu_per_rate
-        return {"perf/tokens_per_second": rate, "perf/mfu": mfu, "perf/step_seconds": seconds}
+        rates = {f"perf/{name}_per_second": amount / seconds for name, amount in self._per_step.items()}
+        mfu = None if self._mfu_seconds is None else self._mfu_seconds / seconds
+        utilization = {"perf/mfu": mfu} if self._counts_flops else {}
+        return {**rates, **utilization, "perf/step_seconds": seconds}
 
 
 class MetricWriter:
     """Writes numbers by step; a resumed run goes on in the same files, without the steps it takes again."""
 
-    def __init__(self, config: Config, start_step: int):
+    def __init__(self, config: Config | FinetuneConfig, start_step: int):
         """Args: `start_step`, completed steps of the checkpoint."""
         self._total = config.train.steps
         run_dir = Path(config.run.dir)
@@ -176,6 +180,8 @@ def _summary(values: dict[str, Any]) -> str:
         "train/grad_norm": "grad norm {:.2f}",
         "eval/loss": "held-out loss {:.4f}",
         "eval/perplexity": "perplexity {:.2f}",
+        "eval/accuracy": "accuracy {:.1%}",
+        "perf/examples_per_second": "{:.1f} examples/s",
         "perf/tokens_per_second": "{:,.0f} tokens/s",
         "perf/mfu": "MFU {:.1%}",
     }

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Shaped
 
 from biomedlm_jax.config import Config, MeshConfig
 from biomedlm_jax.errors import UserError
+from biomedlm_jax.finetune_config import FinetuneConfig
 
 AXES = ("replica", "fsdp")
 
@@ -87,7 +88,7 @@ def _place(device: Any) -> tuple[int, ...]:
     return (getattr(device, "core_on_chip", 0), *device.coords)
 
 
-def check_divisible(config: Config, mesh: Mesh) -> None:
+def check_divisible(config: Config | FinetuneConfig, mesh: Mesh) -> None:
     """Refuses a configuration whose arrays do not split evenly over the mesh.
 
     Raises:

@@ -11,11 +11,8 @@ Which weights a run starts from, the first that there is:
 import contextlib
 import functools
 import logging
-import math
 import os
 import signal
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +31,13 @@ with epy.lazy_imports():
         checkpoint,
         data,
         distributed,
-        files,
         load,
         metrics,
         mixture,
+        model,
         preparation,
         rows,
+        running,
         sharding,
         step,
         tokenizer,
@@ -96,16 +94,13 @@ def _train(config: Config, job: Any) -> int:
         for folder in config.prepared_dirs:
             job.check_folder(folder)
         stack.enter_context(jax.set_mesh(mesh))
-        stack.enter_context(_stop_signal(job))
-        checkpointer = stack.enter_context(job.closing(checkpoint.Checkpointer(run_dir, config.train)))
+        stack.enter_context(running.stop_signal(job))
+        checkpointer = stack.enter_context(job.closing(checkpoint.Checkpointer(run_dir, config)))
         return _run(config, mesh, checkpointer, job)
 
 
 def _prepare(config: Config, stack: contextlib.ExitStack) -> None:
-    run_dir = Path(config.run.dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    stack.enter_context(files.lock(run_dir / ".lock", functools.partial(_refuse_busy, run_dir)))
-    _check_run_folder(config, run_dir)
+    running.hold(config, stack)
     if not config.data.mixture:
         preparation.ensure_prepared(config)
     mixture.check_folders(config)
@@ -150,7 +145,13 @@ def _run(config: Config, mesh: Any, checkpointer: Any, job: Any) -> int:
 
     # ---- The loop
     done, stop = start_step, False
-    with job.closing(_Record(config, start_step, checkpointer, job)) as record:
+    tokens_per_step = config.train.global_batch_size * config.model.n_positions
+    throughput = metrics.Throughput({"tokens": tokens_per_step}, model.flops_per_token(config.model) * tokens_per_step)
+
+    def count(done: int) -> dict[str, float]:
+        return {"tokens": done * tokens_per_step}
+
+    with job.closing(running.Record(config, start_step, checkpointer, job, throughput, count)) as record:
         if start_step == 0 and config.train.eval_every:
             record.evaluated(0, evaluator(state.params))
         for done, batch in enumerate(batches, start=start_step + 1):
@@ -175,7 +176,7 @@ def _run(config: Config, mesh: Any, checkpointer: Any, job: Any) -> int:
         logger.info("stopped by %s: step %d is saved in %s; the same command goes on from there", name, done, run_dir)
         return 128 + job.stop_signal
     if job.index == 0:
-        print(record.summary(mixture.entropy(held_out.values())))
+        print(_summary(config, record, mixture.entropy(held_out.values())))
     return 0
 
 
@@ -183,10 +184,6 @@ def _describe_run(config: Config) -> None:
     run_dir = Path(config.run.dir)
     config_lib.save_config(config, run_dir / checkpoint.CONFIG_FILE)
     tokenizer.load_tokenizer(next(iter(config.prepared_dirs)) / "tokenizer").save(run_dir / checkpoint.TOKENIZER_FOLDER)
-
-
-def _refuse_busy(run_dir: Path) -> None:
-    raise UserError(f"{run_dir} is in use by another process: wait for it to end, or choose another run.dir")
 
 
 def _starting_state(
@@ -199,7 +196,7 @@ def _starting_state(
     run_dir, init_from = config.run.dir, config.run.init_from
     if latest is not None:
         state = checkpointer.restore(latest, jitted_init.eval_shape())
-        _check_identity(checkpointer.metadata(latest)["data"], identity, run_dir)
+        running.check_identity(checkpointer.metadata(latest)["data"], identity, run_dir)
         not_used = "; run.init_from is not used" if init_from else ""
         logger.info("weights: going on from step %d of %s%s", latest, run_dir, not_used)
         return state, shardings
@@ -246,128 +243,20 @@ class _Evaluator:
         return results
 
 
-class _Record:
-    """A run's numbers: fetched a step late, so that devices never wait for it, checked, and written by process 0."""
-
-    def __init__(self, config: Config, start_step: int, checkpointer: Any, job: Any):
-        self.throughput = metrics.Throughput(config)
-        self._config, self._start_step, self._checkpointer = config, start_step, checkpointer
-        self._tokens_per_step = config.train.global_batch_size * config.model.n_positions
-        self._writer = metrics.MetricWriter(config, start_step) if job.index == 0 else None
-        self._pending: tuple[int, dict[str, Any]] | None = None
-        self._first_loss = self._last_loss = math.nan
-        self._evaluated: dict[str, float] = {}
-        self._started = time.monotonic()
-
-    def trained(self, done: int, values: dict[str, Any]) -> None:
-        """Takes the numbers of step `done`, still being computed."""
-        self.check()
-        self._pending = done, values
-        if done == self._start_step + 1:
-            # The first step compiles, which is no measure of speed.
-            jax.block_until_ready(values)
-            self.throughput.restart(done)
-        if self._writer:
-            self._writer.advance(done)
-
-    def check(self) -> None:
-        """Fetches the numbers taken last, and writes them if it is their turn.
-
-        Raises:
-          UserError: one is not finite.
-        """
-        if self._pending is None:
-            return
-        done, values = self._pending
-        self._pending = None
-        numbers = {name: float(value) for name, value in values.items()}
-        loss, grad_norm = numbers["train/loss"], numbers["train/grad_norm"]
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            latest = self._checkpointer.latest_step()
-            saved = "nothing was saved yet" if latest is None else f"the last checkpoint is step {latest}"
-            raise UserError(
-                f"at step {done} the loss is {loss} and the gradient's norm {grad_norm}; {saved} of "
-                f"{self._config.run.dir}. A lower optimizer.learning_rate or a longer optimizer.warmup_steps may help"
-            )
-        if math.isnan(self._first_loss):
-            self._first_loss = loss
-        self._last_loss = loss
-        if done == 1 or done % self._config.train.log_every == 0 or done == self._config.train.steps:
-            self._write(done, numbers | self.throughput.read(done))
-
-    def evaluated(self, done: int, results: dict[str, float]) -> None:
-        """Takes the numbers of an evaluation after step `done`."""
-        self.check()
-        if results:
-            self._evaluated = results
-            self._write(done, results)
-        self.throughput.restart(done)
-
-    def _write(self, done: int, numbers: dict[str, Any]) -> None:
-        if self._writer:
-            self._writer.write(done, {"tokens": done * self._tokens_per_step} | numbers)
-
-    def close(self) -> None:
-        """Writes out everything."""
-        if self._writer:
-            self._writer.close()
-
-    def summary(self, entropy: float | None) -> str:
-        """What was learnt and where it lies, in one line."""
-        steps, minutes = self._config.train.steps, (time.monotonic() - self._started) / 60
-        learnt = f"training loss {self._first_loss:.3f} -> {self._last_loss:.3f}"
-        if self._evaluated:
-            loss, perplexity = self._evaluated["eval/loss"], self._evaluated["eval/perplexity"]
-            learnt += f", held-out loss {loss:.3f} (perplexity {perplexity:.2f})"
-            if entropy is not None:
-                learnt += f", of which {entropy:.3f} is chance that no model can learn"
-        since = f" since step {self._start_step:,}" if self._start_step else ""
-        return (
-            f"step {steps:,}, {steps * self._tokens_per_step:,} tokens; {minutes:.1f} min{since}: {learnt}; "
-            f"model in {self._config.run.dir}"
-        )
-
-
-def _check_run_folder(config: Config, run_dir: Path) -> None:
-    """Refuses a folder with checkpoints of another configuration, naming each setting that differs."""
-    if not checkpoint.has_steps(run_dir):
-        return
-    differences = config_lib.differences(config_lib.load_config(run_dir / checkpoint.CONFIG_FILE), config)
-    if differences:
-        raise UserError(
-            f"{run_dir} holds a run with other settings: {'; '.join(differences)}. Choose another run.dir; "
-            "run.init_from starts it with the weights of this one"
-        )
-
-
-def _check_identity(saved: dict[str, Any], here: dict[str, Any], run_dir: str) -> None:
-    differing = [
-        f"{name} was {saved.get(name)}, is {value}" for name, value in here.items() if saved.get(name) != value
-    ]
-    if differing:
-        raise UserError(f"the rows are not those that {run_dir} was trained on: {'; '.join(differing)}")
-
-
-@contextlib.contextmanager
-def _stop_signal(job: Any) -> Iterator[None]:
-    """Takes the first SIGINT or SIGTERM as a request to stop instead of dying of it; the second one acts as ever."""
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    def receive(number: int, frame: Any) -> None:
-        job.request_stop(number)
-        restore()
-        logger.info("%s: saving after this step; once more to end at once", signal.Signals(number).name)
-
-    for number in previous:
-        signal.signal(number, receive)
-    try:
-        yield
-    finally:
-        restore()
+def _summary(config: Config, record: Any, entropy: float | None) -> str:
+    """What was learnt and where it lies, in one line."""
+    steps, tokens = config.train.steps, config.train.global_batch_size * config.model.n_positions
+    learnt = f"training loss {record.first_loss:.3f} -> {record.last_loss:.3f}"
+    if record.last_evaluation:
+        loss, perplexity = record.last_evaluation["eval/loss"], record.last_evaluation["eval/perplexity"]
+        learnt += f", held-out loss {loss:.3f} (perplexity {perplexity:.2f})"
+        if entropy is not None:
+            learnt += f", of which {entropy:.3f} is chance that no model can learn"
+    since = f" since step {record.start_step:,}" if record.start_step else ""
+    return (
+        f"step {steps:,}, {steps * tokens:,} tokens; {record.minutes:.1f} min{since}: {learnt}; "
+        f"model in {config.run.dir}"
+    )
 
 
 if __name__ == "__main__":

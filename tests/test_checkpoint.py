@@ -14,7 +14,7 @@ from biomedlm_jax.errors import UserError
 def make_run(tmp_path, **train):
     config = tiny.replace(train=train)
     config_lib.save_config(config, tmp_path / "config.yaml")
-    return config, checkpoint.Checkpointer(tmp_path, config.train)
+    return config, checkpoint.Checkpointer(tmp_path, config)
 
 
 def at_step(state, step):
@@ -71,7 +71,7 @@ def test_an_unfinished_checkpoint_does_not_count(tmp_path):
     # What a crash leaves: Orbax gives a checkpoint its name when it is complete.
     (checkpoint.checkpoint_folder(tmp_path) / "2.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
     assert checkpoint.find_step(tmp_path) == 1
-    again = checkpoint.Checkpointer(tmp_path, config.train)
+    again = checkpoint.Checkpointer(tmp_path, config)
     assert again.latest_step() == 1
     assert sorted(path.name for path in checkpoint.checkpoint_folder(tmp_path).iterdir()) == ["1"]
     again.save(at_step(state, 2), {})
@@ -103,7 +103,7 @@ def test_weights_alone_are_not_a_run_to_go_on_with(tmp_path):
     checkpointer.close()
     checkpoint.save_params(tmp_path, 0, trainer.state.params)
     assert_equal(checkpoint.load_params(tmp_path), trainer.state.params)
-    again = checkpoint.Checkpointer(tmp_path, config.train)
+    again = checkpoint.Checkpointer(tmp_path, config)
     with pytest.raises(UserError, match="weights without an optimizer state: start from it with run.init_from"):
         again.restore(0, abstract(trainer))
 

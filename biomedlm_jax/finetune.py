@@ -1,0 +1,324 @@
+"""Command: fine-tunes a pretrained model on a downstream task, or goes on where that stopped.
+
+    python -m biomedlm_jax.finetune --config configs/finetune/medqa.yaml
+
+It starts from run.init_from: the folder of a run, or a Hugging Face folder such as the published BioMedLM. The run's
+folder is like one of pretraining; the checkpoint that did best on task.eval_files is kept, and is what others load.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from etils import epy
+
+from biomedlm_jax import config as config_lib
+from biomedlm_jax.config import as_paths
+from biomedlm_jax.errors import UserError, run_command
+from biomedlm_jax.finetune_config import FinetuneConfig, resolve_steps
+
+# `--help` and mistakes in the settings answer before these are loaded.
+with epy.lazy_imports():
+    import jax
+
+    from biomedlm_jax import (
+        adaptation,
+        checkpoint,
+        distributed,
+        encoding,
+        heads,
+        load,
+        metrics,
+        model,
+        running,
+        scoring,
+        sharding,
+        step,
+        tasks,
+    )
+
+logger = logging.getLogger("biomedlm_jax.finetune")
+
+# What the model is, and not how it is computed or trained.
+_ARCHITECTURE = (
+    "vocab_size",
+    "n_positions",
+    "n_embd",
+    "n_layer",
+    "n_head",
+    "layer_norm_epsilon",
+    "initializer_range",
+    "scale_attn_by_inverse_layer_idx",
+)
+
+
+def main() -> int:
+    """Fine-tunes with the settings of the command line; exits with 128 + the signal that stopped it."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    return finetune(parse_args())
+
+
+def parse_args(args: list[str] | None = None) -> FinetuneConfig:
+    """The configuration of a command line; settings of the model that it leaves out are those of `run.init_from`.
+
+    Raises:
+      UserError: see `config.parse_args`; or `run.init_from` holds no model.
+    """
+    init_from = config_lib.peek("run.init_from", FinetuneConfig, args)
+    if not init_from:
+        raise UserError("run.init_from is not set: say what to start from, a run's folder or a Hugging Face folder")
+    there = load.read_config(init_from)
+    defaults = {f"model.{name}": getattr(there, name) for name in _ARCHITECTURE}
+    description = "Fine-tune a model on a downstream task, or go on where that stopped."
+    config, _ = config_lib.parse_args_with("finetune", description, lambda parser: None, args, FinetuneConfig, defaults)
+    return config
+
+
+def finetune(config: FinetuneConfig) -> int:
+    """Fine-tunes until the last step, until the dev set says no more, or until SIGINT or SIGTERM.
+
+    Returns:
+      0, or 128 + the number of the signal.
+
+    Raises:
+      UserError: the configuration cannot be run here, the task's files cannot be used, the loss is no longer finite, or
+        a checkpoint cannot be saved.
+    """
+    if not config.run.dir:
+        raise UserError("run.dir is not set: say where the run shall live, for instance --run.dir runs/medqa")
+    if not as_paths(config.task.train_files):
+        raise UserError("task.train_files is not set: say where the training examples are")
+    if config.run.wandb_project:
+        metrics.import_wandb()
+    with distributed.join(config) as job:
+        return _finetune(config, job)
+
+
+def _finetune(config: FinetuneConfig, job: Any) -> int:
+    """`finetune` once all processes of the run have met."""
+    run_dir = Path(config.run.dir)
+    job.check_devices()
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_divisible(config, mesh)
+
+    # ---- The examples, and what depends on them
+    tokenizer = load.load_tokenizer(config.run.init_from)
+    config = _with_new_words(config, tokenizer.vocab_size)
+    train_set = _read(config, tokenizer, "train_files")
+    dev_set = _read(config, tokenizer, "eval_files") if as_paths(config.task.eval_files) else None
+    if dev_set:
+        _warn_of_overlap(train_set, dev_set)
+    config = resolve_steps(config, len(train_set))
+
+    with contextlib.ExitStack() as stack:
+        job.first("make the run's folder", functools.partial(running.hold, config, stack))
+        job.check_folder(run_dir)
+        stack.enter_context(jax.set_mesh(mesh))
+        stack.enter_context(running.stop_signal(job))
+        checkpointer = stack.enter_context(job.closing(checkpoint.Checkpointer(run_dir, config)))
+
+        def describe() -> None:
+            config_lib.save_config(config, run_dir / checkpoint.CONFIG_FILE)
+            tokenizer.save(run_dir / checkpoint.TOKENIZER_FOLDER)
+
+        job.first("describe the run", describe)
+        return _run(config, mesh, checkpointer, job, train_set, dev_set)
+
+
+def _run(config: FinetuneConfig, mesh: Any, checkpointer: Any, job: Any, train_set: Any, dev_set: Any) -> int:
+    """`finetune` once its folder is its own and the examples are there."""
+    identity = {
+        "examples_sha256": train_set.fingerprint,
+        "dev_examples_sha256": dev_set.fingerprint if dev_set else None,
+    }
+    latest = job.first("find the newest checkpoint", checkpointer.latest_step)
+    state, frozen, progress = _starting_state(config, mesh, checkpointer, latest, identity)
+    start_step, steps = int(state.step), config.train.steps
+    if start_step >= steps or progress.out_of_patience(config):
+        logger.info("%s is done: it has its %d steps", config.run.dir, start_step)
+        return 0
+
+    # ---- The compiled steps, and the batches they take
+    rows = sharding.batch_sharding(mesh)
+    lora = adaptation.lora_of(config)
+    if adaptation.scores_per_row(config):
+        objective = heads.objective(config.model, lora)
+    else:
+        objective = step.language_model(config.model, config.train.loss_chunk, lora)
+    train_step = step.jit_train_step(
+        config, _shardings(mesh, state), rows, objective, _shardings(mesh, frozen) if frozen else None
+    )
+    evaluate = _Evaluator(config, mesh, dev_set, objective)
+    size = config.train.global_batch_size
+    batches = encoding.train_batches(train_set, config.train.seed, size, start_step, steps, rows)
+    throughput = metrics.Throughput({"examples": size})
+
+    def count(done: int) -> dict[str, float]:
+        return {"epoch": done * size / len(train_set)}
+
+    # ---- The loop
+    done, stop = start_step, False
+    with job.closing(running.Record(config, start_step, checkpointer, job, throughput, count)) as record:
+        for done, batch in enumerate(batches, start=start_step + 1):
+            state, values = train_step(state, batch, *((frozen,) if frozen else ()))
+            record.trained(done, values)
+            last = done == steps
+            stop = job.should_stop() and not last
+            if last or done % config.train.eval_every == 0:
+                record.check()
+                results = evaluate(model.combine(frozen, state.params))
+                record.evaluated(done, results)
+                progress = progress.after(done, results)
+            elif not stop:
+                continue
+            record.check()
+            checkpointer.save(state, {"data": identity, **dataclasses.asdict(progress)})
+            record.throughput.restart(done)
+            if stop or progress.out_of_patience(config):
+                break
+        checkpointer.wait()
+    if stop:
+        name = signal.Signals(job.stop_signal).name
+        logger.info("stopped by %s: step %d is saved in %s; the same command goes on", name, done, config.run.dir)
+        return 128 + job.stop_signal
+    if job.index == 0:
+        print(_summary(config, done, record, progress))
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Progress:
+    """What the dev set has said so far; a checkpoint's metadata."""
+
+    best_step: int | None = None
+    best: list[float] | None = None
+    """Of the best evaluation what is compared, the higher the better: accuracy, then the loss below 0."""
+    evaluations_since: int = 0
+
+    def after(self, done: int, results: dict[str, float]) -> "_Progress":
+        """With another evaluation."""
+        if not results:
+            return self
+        value = [results.get("eval/accuracy", 0.0), -results["eval/loss"]]
+        if self.best is None or value > self.best:
+            return _Progress(done, value)
+        return dataclasses.replace(self, evaluations_since=self.evaluations_since + 1)
+
+    def out_of_patience(self, config: FinetuneConfig) -> bool:
+        """Whether training ends here."""
+        return 0 < config.train.patience <= self.evaluations_since
+
+
+class _Evaluator:
+    """The numbers of the dev set, by parameters; none without one."""
+
+    def __init__(self, config: FinetuneConfig, mesh: Any, dev_set: Any, objective: Any):
+        self._dev_set, self._rows = dev_set, sharding.batch_sharding(mesh)
+        self._size = config.train.global_batch_size // config.train.gradient_accumulation_steps
+        self._has_head = bool(adaptation.scores_per_row(config))
+        lora = adaptation.lora_of(config)
+        self._step = (
+            heads.jit_scores(config, mesh, lora) if self._has_head else step.jit_eval_step(config, mesh, objective)
+        )
+
+    def __call__(self, params: Any) -> dict[str, float]:
+        """'eval/loss' and 'eval/accuracy' of answers, or 'eval/loss' and 'eval/perplexity' of texts."""
+        if not self._dev_set:
+            return {}
+        batches = encoding.eval_batches(self._dev_set, self._size, self._rows)
+        if not self._has_head:
+            nll, tokens = step.held_out_loss(self._step, params, batches)
+            return {"eval/loss": nll / tokens, "eval/perplexity": metrics.perplexity(nll / tokens)}
+        scores = scoring.gather(self._step, params, batches, len(self._dev_set))
+        return {
+            "eval/loss": scoring.log_loss(scores, self._dev_set.labels),
+            "eval/accuracy": scoring.accuracy(scores, self._dev_set.labels),
+        }
+
+
+def _starting_state(
+    config: FinetuneConfig, mesh: Any, checkpointer: Any, latest: int | None, identity: dict[str, Any]
+) -> tuple[Any, Any, _Progress]:
+    """The state from the newest checkpoint or run.init_from, what is frozen beside it, and the dev set's say so far."""
+    init_state = functools.partial(step.init_state, config)
+    trained, frozen = adaptation.abstract_start(config)
+    state = jax.eval_shape(init_state, trained)
+    state_shardings = _shardings(mesh, state)
+    base = None
+    if latest is None or frozen:
+        pretrained = jax.eval_shape(functools.partial(model.init_params, load.read_config(config.run.init_from), 0))
+        base = load.load_base(config, _shardings(mesh, pretrained))
+    if latest is None:
+
+        def make(base: Any) -> tuple[Any, Any]:
+            trained, frozen = adaptation.start(config, base)
+            return init_state(trained), frozen
+
+        logger.info("weights: of %s", config.run.init_from)
+        return *jax.jit(make, out_shardings=(state_shardings, _shardings(mesh, frozen)))(base), _Progress()
+    metadata = checkpointer.metadata(latest)
+    running.check_identity(metadata.pop("data"), identity, config.run.dir)
+    if frozen:
+        frozen = jax.jit(lambda base: adaptation.start(config, base)[1], out_shardings=_shardings(mesh, frozen))(base)
+    abstract = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, state_shardings
+    )
+    logger.info("weights: going on from step %d of %s", latest, config.run.dir)
+    return checkpointer.restore(latest, abstract), frozen, _Progress(**metadata)
+
+
+def _shardings(mesh: Any, tree: Any) -> Any:
+    return sharding.tree_shardings(mesh, tree)
+
+
+def _with_new_words(config: FinetuneConfig, tokenizer_words: int) -> FinetuneConfig:
+    """The configuration with a vocabulary that has room for the task's special tokens."""
+    there = load.read_config(config.run.init_from).vocab_size
+    words = max(there, tokenizer_words + len(config.added_tokens))
+    if config.model.vocab_size not in (there, words):
+        raise UserError(
+            f"model.vocab_size is {config.model.vocab_size}, and {config.run.init_from} has {there} words, which "
+            f"{config.task.name} makes {words}: leave it out"
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=words))
+
+
+def _read(config: FinetuneConfig, tokenizer: Any, name: str) -> Any:
+    """The examples of task.train_files or task.eval_files, whose answers must be known, encoded."""
+    paths = as_paths(getattr(config.task, name))
+    examples = tasks.TASKS[config.task.name].read(paths)
+    for example in examples:
+        if (example.target if isinstance(example, tasks.Generation) else example.label) is None:
+            raise UserError(f"task.{name} {' '.join(paths)}: example {example.id} has no answer to learn from")
+    encoded = encoding.encode(config, tokenizer, examples)
+    logger.info("task.%s: %s", name, encoded.description(config))
+    return encoded
+
+
+def _warn_of_overlap(train_set: Any, dev_set: Any) -> None:
+    seen = {str(rows) for rows in train_set.rows}
+    common = sum(str(rows) in seen for rows in dev_set.rows)
+    if common:
+        logger.warning("%d of the %d dev examples are among the training examples, too", common, len(dev_set))
+
+
+def _summary(config: FinetuneConfig, done: int, record: Any, progress: _Progress) -> str:
+    """What was learnt, where it lies, and what comes next."""
+    learnt = f"training loss {record.first_loss:.3f} -> {record.last_loss:.3f}"
+    if progress.best:
+        accuracy, loss = progress.best[0], -progress.best[1]
+        found = f"loss {loss:.3f}" + (f", accuracy {accuracy:.1%}" if adaptation.scores_per_row(config) else "")
+        learnt += f", on the dev set at best {found} at step {progress.best_step:,}"
+    return (
+        f"step {done:,} of {config.train.steps:,}, {record.minutes:.1f} min: {learnt}; model in {config.run.dir}\n"
+        f"next: python -m biomedlm_jax.evaluate --checkpoint {config.run.dir} --task {config.task.name} --data FILE"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,70 @@
+"""Numbers of answers: accuracy with its interval, macro-F1, calibration, and what guessing the majority would reach."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+Scores = Float[np.ndarray, "examples answers"]
+
+
+def gather(jitted_scores: Any, params: Any, batches: Iterable[Any], count: int) -> Scores:
+    """The scores of the first `count` questions of all batches, in order.
+
+    Args:
+      jitted_scores: of `heads.jit_scores`.
+    """
+    return np.concatenate([np.asarray(jitted_scores(params, batch)) for batch in batches])[:count]
+
+
+def probabilities(scores: Scores) -> Scores:
+    """Softmax over the answers, in float64."""
+    scores = np.asarray(scores, np.float64)
+    exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+def log_loss(scores: Scores, labels: Sequence[int]) -> float:
+    """Mean of -log of the right answers' probabilities, in nats."""
+    right = probabilities(scores)[np.arange(len(labels)), labels]
+    return float(-np.log(np.maximum(right, 1e-300)).mean())
+
+
+def accuracy(scores: Scores, labels: Sequence[int]) -> float:
+    """Part of the questions whose right answer has the highest score, the first of equal ones."""
+    return float((scores.argmax(axis=1) == np.asarray(labels)).mean())
+
+
+def bootstrap_interval(correct: Sequence[bool], seed: int = 0, resamples: int = 10_000) -> tuple[float, float]:
+    """The 95 % interval of a mean of outcomes, by the percentiles of resampled ones.
+
+    Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13. How many of a resample are right is binomial,
+    so that it can be drawn at once.
+    """
+    count, right = len(correct), int(np.sum(correct))
+    means = np.random.default_rng(seed).binomial(count, right / count, resamples) / count
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def macro_f1(predictions: Int[np.ndarray, "examples"], labels: Int[np.ndarray, "examples"]) -> float:
+    """The mean of F1 over the classes that are there or were predicted, each as important as any other."""
+    values = []
+    for label in np.union1d(predictions, labels):
+        true = np.sum((predictions == label) & (labels == label))
+        values.append(2 * true / (np.sum(predictions == label) + np.sum(labels == label)))
+    return float(np.mean(values))
+
+
+def expected_calibration_error(scores: Scores, labels: Sequence[int], bins: int = 10) -> float:
+    """How far confidence is from accuracy, over bins of equal width; Guo et al. 2017, equation 3."""
+    found = probabilities(scores)
+    confidence, correct = found.max(axis=1), found.argmax(axis=1) == np.asarray(labels)
+    which = np.minimum((confidence * bins).astype(int), bins - 1)
+    return float(
+        sum(
+            abs(confidence[which == number].mean() - correct[which == number].mean()) * (which == number).mean()
+            for number in np.unique(which)
+        )
+    )
