@@ -1,138 +1,151 @@
-"""Command: loss and perplexity of a model on held-out text.
+"""Command: how well a model predicts held-out text, or answers the questions of a task.
 
 python -m biomedlm_jax.evaluate --checkpoint RUN --data FILE...
+python -m biomedlm_jax.evaluate --checkpoint RUN --task medqa --data FILE...
 """
 
 import argparse
-import functools
 import json
-import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from etils import epy
-from tqdm import tqdm
 
 from biomedlm_jax.errors import UserError, run_command
 from biomedlm_jax.files import check_output, replace_file
+from biomedlm_jax.finetune_config import Name
+from biomedlm_jax.text_options import add_selection, selection
 
 with epy.lazy_imports():
-    import jax
-    import numpy as np
-
-    from biomedlm_jax import config as config_lib
-    from biomedlm_jax import corpus, data, load, metrics, model, rows, sharding, step
+    from biomedlm_jax import evaluation, perplexity, tasks
 
 
 def main() -> None:
-    """Prints what the model makes of the text, and writes it to `--output`."""
+    """Prints what the model makes of the text or the questions, and writes it down."""
+    args = _parse_args()
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, not {args.batch_size}")
+    if args.task:
+        _evaluate_task(args)
+    else:
+        _evaluate_text(args)
+
+
+def _parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m biomedlm_jax.evaluate",
         description=(
-            "Loss and perplexity on held-out text. Documents are joined with the end-of-text token, and read in rows "
-            "of the model's n_positions; the first token of a row is not predicted. A run trained with "
-            "data.document_attention is evaluated with it."
+            "Without --task: loss and perplexity on held-out text. Documents are joined with the end-of-text token, "
+            "and read in rows of the model's n_positions; the first token of a row is not predicted. A run trained "
+            "with data.document_attention is evaluated with it. With --task: answers to its questions, by the head of "
+            "a model that was fine-tuned to have one, else by how likely the model finds each choice."
         ),
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="folder of a run, or a Hugging Face folder")
     parser.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="folder of a run, or a Hugging Face GPT-2 folder"
+        "--step", type=int, metavar="N", help="which checkpoint of a run; if not given the newest, or the best"
     )
-    parser.add_argument("--step", type=int, metavar="N", help="which checkpoint of a run (default: the newest)")
     parser.add_argument(
         "--data",
         required=True,
         nargs="+",
         metavar="GLOB",
-        help="The Pile's JSON lines (.jsonl, .jsonl.gz, .jsonl.zst), or plain text",
+        help="text of any format that prepare reads, told apart by name and content, or the files of the task",
     )
+    parser.add_argument("--batch-size", type=int, default=8, metavar="ROWS", help="rows a step and device")
     parser.add_argument(
-        "--pile-sets",
-        nargs="+",
-        default=["PubMed Abstracts", "PubMed Central"],
-        metavar="SET",
-        help="which of The Pile's sets to keep (default: %(default)s)",
+        "--output",
+        metavar="PATH",
+        help="a JSON file for the numbers; with --task a folder for predictions.jsonl, results.json and "
+        "calibration.png, evaluations/TASK in the checkpoint's if not given",
     )
-    parser.add_argument(
-        "--batch-size", type=int, default=8, metavar="ROWS", help="rows a step and device (default: %(default)s)"
+    add_selection(parser.add_argument_group("held-out text"))  # type: ignore[arg-type]
+    task = parser.add_argument_group("tasks")
+    task.add_argument("--task", choices=get_args(Name), help="what the questions are")
+    task.add_argument(
+        "--choices",
+        choices=("texts", "letters"),
+        default="texts",
+        help="of multiple choice by likelihood: the choices' texts behind the question, or letters behind all of them",
     )
-    parser.add_argument("--output", metavar="FILE", help="also write the numbers to this JSON file")
-    args = parser.parse_args()
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, not {args.batch_size}")
+    task.add_argument(
+        "--rule",
+        choices=("sum", "length", "prior"),
+        default="length",
+        help="by likelihood, a choice's score: its log-likelihood, that over its characters, or that less its "
+        "log-likelihood without the question; results.json has the accuracy of all three",
+    )
+    task.add_argument("--shots", type=int, default=0, metavar="N", help="answered questions before each, by likelihood")
+    task.add_argument("--shots-data", nargs="+", metavar="GLOB", help="files to take the first N of them from")
+    task.add_argument("--max-new-tokens", type=int, metavar="N", help="of task generation; as in training if not given")
+    return parser.parse_args()
+
+
+def _evaluate_text(args: argparse.Namespace) -> None:
     check_output("--output", args.output)
-    results = evaluate(
-        args.checkpoint, args.data, step_number=args.step, pile_sets=args.pile_sets, batch_size=args.batch_size
+    results = perplexity.evaluate(
+        args.checkpoint, args.data, step_number=args.step, selection=selection(args), batch_size=args.batch_size
     )
-    print(
-        f"{results['documents']:,} documents, {results['tokens']:,} tokens: loss {results['loss']:.4f} nats a token, "
-        f"perplexity {results['perplexity']:.2f}, {results['bits_per_byte']:.4f} bits a byte"
-        + (f"; left out: {results['dropped']}" if results["dropped"] else "")
-    )
+    if len(results["by_source"]) > 1:
+        for source, of_source in results["by_source"].items():
+            print(f"{source}: {_line(of_source)}")
+    print(_line(results) + (f"; left out: {results['dropped']}" if results["dropped"] else ""))
     if args.output:
         replace_file(args.output, json.dumps(results, indent=2).encode() + b"\n")
 
 
-def evaluate(
-    path: str | Path, patterns: list[str], *, step_number: int | None = None, pile_sets: list[str], batch_size: int
-) -> dict[str, Any]:
-    """Loss of the model in `path` over the text in `patterns`.
-
-    Args:
-      path: folder of a run, or a Hugging Face folder.
-      patterns: files or globs; JSON lines by their name, else plain text.
-      step_number: which checkpoint of a run, by default the newest.
-      pile_sets: The Pile's sets to keep.
-      batch_size: rows a step and device.
-
-    Returns:
-      'loss' in nats a predicted token, 'perplexity', 'bits_per_byte' (comparable between tokenizers), 'documents',
-      'tokens' (predicted), 'bytes' of text, and what was 'dropped' while reading.
-
-    Raises:
-      UserError: the folder, its tokenizer or the text cannot be used.
-    """
-    document_attention = load.document_attention(path)
-    config = config_lib.Config(model=load.read_config(path))
-    tokenizer = load.load_tokenizer(path)
-    report = corpus.ReadReport()
-    held_out = _read_rows(patterns, tokenizer, config.model.n_positions, report, corpus.Selection(tuple(pile_sets)))
-
-    devices = jax.device_count()
-    fsdp = math.gcd(devices, config.model.n_embd)
-    mesh = sharding.make_mesh(config_lib.MeshConfig(replica=devices // fsdp, fsdp=fsdp))
-    abstract = jax.eval_shape(functools.partial(model.init_params, config.model, 0))
-    params = load.load_params(path, step_number, sharding.tree_shardings(mesh, abstract))
-    eval_step = step.jit_eval_step(config, mesh)
-    batches = data.eval_batches(
-        held_out, batch_size * devices, sharding.batch_sharding(mesh), document_attention=document_attention
+def _line(results: dict[str, Any]) -> str:
+    return (
+        f"{results['documents']:,} documents, {results['tokens']:,} tokens: loss {results['loss']:.4f} nats a token, "
+        f"perplexity {results['perplexity']:.2f}, {results['bits_per_byte']:.4f} bits a byte"
     )
-    count = data.eval_batch_count(held_out, batch_size * devices)
-    progress = tqdm(batches, desc="evaluating", unit=" batches", disable=None, total=count)
-    with jax.set_mesh(mesh):
-        nll, tokens = step.held_out_loss(eval_step, params, progress)
-    loss = nll / tokens
-    if not math.isfinite(loss):
-        raise UserError(f"{path}: the loss is {loss}: the weights hold numbers that are not finite")
-    return {
-        "loss": loss,
-        "perplexity": metrics.perplexity(loss),
-        # Of all tokens: the first ones of rows, which are not predicted, count as the others do on average.
-        "bits_per_byte": loss * held_out.tokens / math.log(2) / report.bytes,
-        "tokens": int(tokens),
-    } | report.as_dict()
 
 
-def _read_rows(patterns: list[str], tokenizer: Any, n_positions: int, report: Any, selection: Any) -> Any:
-    """The text as rows in memory, the last one padded."""
-    documents = corpus.read_mixed(corpus.expand_globs(patterns), report, selection)
-    progress = tqdm(documents, desc="encoding", unit=" documents", disable=None)
-    packed = list(rows.pack_rows(progress, tokenizer, n_positions))
-    report.check(config_lib.DataConfig().max_bad_fraction)
-    tokens = sum(map(len, packed))
-    if tokens < 2:
-        raise UserError(f"{' '.join(patterns)}: no text to evaluate; left out: {dict(report.dropped)}")
-    packed[-1] = np.pad(packed[-1], (0, n_positions - len(packed[-1])))
-    return rows.Rows([{"tokens": row} for row in packed], n_positions, tokens, "", tokenizer.eos_id)
+def _evaluate_task(args: argparse.Namespace) -> None:
+    output = Path(args.output or Path(args.checkpoint) / "evaluations" / args.task)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file: with --task it is a folder")
+    evaluated = evaluation.evaluate(
+        args.checkpoint,
+        args.task,
+        args.data,
+        step=args.step,
+        batch_size=args.batch_size,
+        shots=evaluation.Shots(_shots(args), args.choices, args.rule),
+        new_tokens=args.max_new_tokens,
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    evaluation.write(evaluated, output)
+    print(_task_line(evaluated.results))
+    print(f"written to {output}: {evaluation.PREDICTIONS_FILE}, {evaluation.RESULTS_FILE}")
+
+
+def _shots(args: argparse.Namespace) -> list[Any]:
+    if args.shots < 0 or bool(args.shots) != bool(args.shots_data):
+        raise UserError("--shots N needs --shots-data, files to take them from, and the other way round")
+    if not args.shots:
+        return []
+    examples = tasks.TASKS[args.task].read(args.shots_data)
+    if len(examples) < args.shots:
+        raise UserError(f"--shots {args.shots}: {' '.join(args.shots_data)} has {len(examples)} examples")
+    return examples[: args.shots]
+
+
+def _task_line(results: dict[str, Any]) -> str:
+    text = f"{results['task']}: {results['examples']:,} examples answered by {results['answered_by']}"
+    if "accuracy" in results:
+        low, high = results["accuracy_95"]
+        majority = results["majority"]
+        text += (
+            f": accuracy {results['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}); always "
+            f"{majority['answer']}: {majority['accuracy']:.1%}"
+        )
+        if "macro_f1" in results:
+            text += f"; macro-F1 {results['macro_f1']:.3f}"
+    if "rouge1" in results:
+        text += f": ROUGE-1 {results['rouge1']:.3f}, ROUGE-2 {results['rouge2']:.3f}, ROUGE-L {results['rougeL']:.3f}"
+    return text
 
 
 if __name__ == "__main__":

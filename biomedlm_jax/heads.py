@@ -5,7 +5,6 @@ The bias that its multiple choice adds to all scores alike is left out: no softm
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -14,8 +13,8 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from biomedlm_jax import compiler_options, sharding, step
 from biomedlm_jax import model as model_lib
+from biomedlm_jax import step
 from biomedlm_jax.config import ModelConfig
 from biomedlm_jax.finetune_config import FinetuneConfig, LoraConfig
 from biomedlm_jax.model import Params
@@ -85,22 +84,9 @@ def init_head(config: ModelConfig, answers: int, seed: int) -> Params:
 
 
 def jit_scores(config: FinetuneConfig, mesh: Mesh, lora: LoraConfig | None = None) -> Any:
-    """`scores` of `Questions`, compiled for parameters and batches that lie on a mesh as in training.
+    """`scores` of `Questions`, compiled as `step.jit_rows` does."""
 
-    What it returns is whole on every device.
-    """
-    exchange = step.make_exchange(config, mesh)
+    def of_batch(params: Params, batch: Questions, gather: Gather) -> Float[Array, "batch answers"]:
+        return scores(config.model, params, batch.tokens, batch.lengths, lora=lora, gather=gather)
 
-    def on_a_device(params: Params, batch: Questions) -> Float[Array, "batch answers"]:
-        whole = sharding.gather_all_but_kernels(exchange, params)
-        gather = functools.partial(sharding.gather_kernels, exchange)
-        found = scores(config.model, whole, batch.tokens, batch.lengths, lora=lora, gather=gather)
-        return jax.lax.all_gather(found, sharding.AXES, axis=0, tiled=True)
-
-    def on_the_mesh(params: Params, batch: Questions) -> Float[Array, "batch answers"]:
-        in_specs = (sharding.tree_specs(params), sharding.BATCH_SPEC)
-        return jax.shard_map(
-            on_a_device, mesh=mesh, in_specs=in_specs, out_specs=jax.sharding.PartitionSpec(), check_vma=False
-        )(params, batch)
-
-    return jax.jit(on_the_mesh, compiler_options=compiler_options.for_mesh(mesh))
+    return step.jit_rows(config, mesh, of_batch)

@@ -6,7 +6,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from biomedlm_jax.errors import UserError
+
 Scores = Float[np.ndarray, "examples answers"]
+Labels = Sequence[int] | Int[np.ndarray, "examples"]
 
 
 def gather(jitted_scores: Any, params: Any, batches: Iterable[Any], count: int) -> Scores:
@@ -25,13 +28,13 @@ def probabilities(scores: Scores) -> Scores:
     return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
-def log_loss(scores: Scores, labels: Sequence[int]) -> float:
+def log_loss(scores: Scores, labels: Labels) -> float:
     """Mean of -log of the right answers' probabilities, in nats."""
     right = probabilities(scores)[np.arange(len(labels)), labels]
     return float(-np.log(np.maximum(right, 1e-300)).mean())
 
 
-def accuracy(scores: Scores, labels: Sequence[int]) -> float:
+def accuracy(scores: Scores, labels: Labels) -> float:
     """Part of the questions whose right answer has the highest score, the first of equal ones."""
     return float((scores.argmax(axis=1) == np.asarray(labels)).mean())
 
@@ -57,14 +60,38 @@ def macro_f1(predictions: Int[np.ndarray, "examples"], labels: Int[np.ndarray, "
     return float(np.mean(values))
 
 
-def expected_calibration_error(scores: Scores, labels: Sequence[int], bins: int = 10) -> float:
-    """How far confidence is from accuracy, over bins of equal width; Guo et al. 2017, equation 3."""
+def calibration(
+    scores: Scores, labels: Labels, bins: int = 10
+) -> tuple[Float[np.ndarray, "bins"], Float[np.ndarray, "bins"], Float[np.ndarray, "bins"]]:
+    """Mean confidence, accuracy, and share of the answers, for bins of confidence of equal width that hold some."""
     found = probabilities(scores)
     confidence, correct = found.max(axis=1), found.argmax(axis=1) == np.asarray(labels)
     which = np.minimum((confidence * bins).astype(int), bins - 1)
-    return float(
-        sum(
-            abs(confidence[which == number].mean() - correct[which == number].mean()) * (which == number).mean()
-            for number in np.unique(which)
-        )
+    inside = [which == number for number in np.unique(which)]
+    return (
+        np.array([confidence[part].mean() for part in inside]),
+        np.array([correct[part].mean() for part in inside]),
+        np.array([part.mean() for part in inside]),
     )
+
+
+def expected_calibration_error(scores: Scores, labels: Labels, bins: int = 10) -> float:
+    """How far confidence is from accuracy, over bins of equal width; Guo et al. 2017, equation 3."""
+    confidence, correct, share = calibration(scores, labels, bins)
+    return float(np.sum(np.abs(confidence - correct) * share))
+
+
+def rouge(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """Means of ROUGE-1, -2 and -L's F-measures, with stemming, of (right text, text made).
+
+    Raises:
+      UserError: the package rouge-score is not installed.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise UserError("ROUGE needs a package: pip install rouge-score") from error
+    kinds = ["rouge1", "rouge2", "rougeL"]
+    scorer = RougeScorer(kinds, use_stemmer=True)
+    found = [scorer.score(target, text) for target, text in pairs]
+    return {kind: float(np.mean([one[kind].fmeasure for one in found])) for kind in kinds}

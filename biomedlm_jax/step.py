@@ -182,6 +182,31 @@ def jit_eval_step(config: Config | FinetuneConfig, mesh: Mesh, objective: Object
     return jax.jit(on_the_mesh, compiler_options=compiler_options.for_mesh(mesh))
 
 
+def jit_rows(
+    config: Config | FinetuneConfig, mesh: Mesh, function: Callable[[Params, Any, Gather], Float[Array, "batch *rest"]]
+) -> Any:
+    """A function of each row of a batch, compiled for parameters and batches that lie on a mesh as in training.
+
+    Args:
+      function: takes parameters and a batch as an `Objective` does.
+
+    Returns:
+      From parameters and a batch to what the function makes of all its rows, whole on every device.
+    """
+    exchange = make_exchange(config, mesh)
+
+    def on_a_device(params: Params, batch: Any) -> Float[Array, "batch *rest"]:
+        whole = sharding.gather_all_but_kernels(exchange, params)
+        found = function(whole, batch, functools.partial(sharding.gather_kernels, exchange))
+        return jax.lax.all_gather(found, sharding.AXES, axis=0, tiled=True)
+
+    def on_the_mesh(params: Params, batch: Any) -> Float[Array, "batch *rest"]:
+        in_specs = (sharding.tree_specs(params), sharding.BATCH_SPEC)
+        return jax.shard_map(on_a_device, mesh=mesh, in_specs=in_specs, out_specs=P(), check_vma=False)(params, batch)
+
+    return jax.jit(on_the_mesh, compiler_options=compiler_options.for_mesh(mesh))
+
+
 def held_out_loss(
     jitted_eval_step: Any, params: Params, batches: Iterable[Any], stop: Callable[[], bool] = lambda: False
 ) -> tuple[float, float]:

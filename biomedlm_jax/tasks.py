@@ -16,7 +16,7 @@ from biomedlm_jax import benchmark_files
 from biomedlm_jax.corpus import expand_globs, shown
 from biomedlm_jax.errors import UserError
 
-_LETTERS = "ABCDEFGHIJ"
+LETTERS = "ABCDEFGHIJ"
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _id(record: dict[str, Any], name: str = "id") -> str:
 
 
 def _choices(values: Sequence[Any]) -> tuple[str, ...]:
-    for letter, value in zip(_LETTERS, values, strict=False):
+    for letter, value in zip(LETTERS, values, strict=False):
         if not isinstance(value, str) or not value.strip():
             raise _Unreadable(f"choice {letter} is {'empty' if value in ('', None) else repr(value)}")
     if len(values) < 2:
@@ -165,7 +165,7 @@ def _number(value: Any, count: int, first: int = 0) -> int:
 
 
 def _letter(value: Any, count: int) -> int:
-    letters = list(_LETTERS[:count])
+    letters = list(LETTERS[:count])
     if value not in letters:
         raise _Unreadable(f"the answer {value!r} is none of {', '.join(letters)}")
     return letters.index(value)
@@ -193,7 +193,7 @@ def _medqa(key: str, record: Any, task: Task) -> MultipleChoice:
         return MultipleChoice(_id(record), question, choices, label)
     # Its authors': https://github.com/jind11/MedQA
     question, options = _text(record, "question"), _field(record, "options")
-    if not isinstance(options, dict) or sorted(options) != list(_LETTERS[: len(options)]):
+    if not isinstance(options, dict) or sorted(options) != list(LETTERS[: len(options)]):
         raise _Unreadable(f"options must be an object of A, B, ..., not {str(options)[:40]!r}")
     letters = sorted(options)
     choices = _choices([options[letter] for letter in letters])

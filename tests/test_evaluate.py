@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import tiny
 
-from biomedlm_jax import convert, load_model, metrics, report, synthetic
-from biomedlm_jax import evaluate as evaluate_lib
+from biomedlm_jax import convert, load_model, metrics, perplexity, report, synthetic
 from biomedlm_jax import train as train_lib
+from biomedlm_jax.corpus import Selection
 from biomedlm_jax.errors import UserError
 from biomedlm_jax.tokenizer import train_tokenizer
 
@@ -46,7 +46,7 @@ def run(tmp_path_factory):
 
 
 def evaluate(run, files, **options):
-    return evaluate_lib.evaluate(run, files, pile_sets=["PubMed Central"], batch_size=2, **options)
+    return perplexity.evaluate(run, files, selection=Selection(("PubMed Central",)), batch_size=2, **options)
 
 
 def test_equals_the_training_run_and_a_sum_over_rows(run):

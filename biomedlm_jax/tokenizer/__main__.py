@@ -12,6 +12,7 @@ from etils import epy
 
 from biomedlm_jax.config import DataConfig
 from biomedlm_jax.errors import UserError, run_command
+from biomedlm_jax.text_options import add_selection, selection
 from biomedlm_jax.tokenizer import (
     PUBLISHED_VOCAB_SIZE,
     TRAINING_BYTES,
@@ -40,7 +41,7 @@ class _Reading:
 
     def __init__(self, patterns: Sequence[str], args: argparse.Namespace):
         self._files = corpus.expand_globs(patterns)
-        self._selection = corpus.Selection(tuple(args.pile_sets), args.text_field, tuple(args.languages))
+        self._selection = selection(args)
         self._report = corpus.ReadReport()
 
     def documents(self) -> Iterator[corpus.Document]:
@@ -102,27 +103,6 @@ def _export(args: argparse.Namespace) -> None:
     print(f"{args.output}: {tokenizer.vocab_size} tokens, for AutoTokenizer.from_pretrained")
 
 
-def _add_selection(parser: argparse.ArgumentParser) -> None:
-    default = DataConfig()
-    parser.add_argument(
-        "--pile-sets",
-        nargs="*",
-        default=default.pile_sets,
-        metavar="SET",
-        help="The Pile's sets to keep, of JSON lines and Parquet; none keeps every record, also without that name",
-    )
-    parser.add_argument(
-        "--text-field", default=default.text_field, metavar="NAME", help="of the text, in JSON lines and Parquet"
-    )
-    parser.add_argument(
-        "--languages",
-        nargs="*",
-        default=default.languages,
-        metavar="CODE",
-        help="of PubMed XML and JATS to keep, in NLM's codes; none keeps all",
-    )
-
-
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m biomedlm_jax.tokenizer", description="Tokenizers.")
@@ -137,7 +117,7 @@ def main() -> None:
         help="files or URLs of any format that prepare reads, told apart by name and content; only PubMed abstracts "
         f"are used where there are any, and the first {TRAINING_BYTES // 10**6} MB (prepare takes a sample of all)",
     )
-    _add_selection(train)
+    add_selection(train)
     train.add_argument("--output", required=True, metavar="DIR", help="folder to write tokenizer.model to")
     train.add_argument("--vocab-size", type=int, default=PUBLISHED_VOCAB_SIZE, metavar="N", help="number of tokens")
     train.set_defaults(run=_train)
@@ -157,7 +137,7 @@ def main() -> None:
         metavar="GLOB",
         help="files, as of train, in which to count the words and the bytes a token",
     )
-    _add_selection(inspect)
+    add_selection(inspect)
     inspect.set_defaults(run=_inspect)
     export = commands.add_parser("export", help="write Hugging Face's files", formatter_class=formatter)
     export.add_argument("directory", metavar="DIR", help="folder of a tokenizer")

@@ -1,0 +1,282 @@
+"""How well a model answers the questions of a downstream task: by its head, by likelihood, or in its own words."""
+
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from biomedlm_jax import adaptation, decoding, encoding, generation, heads, likelihood, load, scoring, sharding
+from biomedlm_jax import model as model_lib
+from biomedlm_jax.config import Config, MeshConfig
+from biomedlm_jax.errors import UserError
+from biomedlm_jax.finetune_config import FinetuneConfig, Name
+from biomedlm_jax.generation_config import GenerationConfig
+from biomedlm_jax.likelihood import Choices
+from biomedlm_jax.tasks import LETTERS, TASKS, Classification, Example, Generation, MultipleChoice
+
+logger = logging.getLogger(__name__)
+
+PREDICTIONS_FILE, RESULTS_FILE, PICTURE_FILE = "predictions.jsonl", "results.json", "calibration.png"
+
+# How BioMedLM's code writes texts: https://github.com/stanford-crfm/BioMedLM/tree/main/finetune/textgen
+TEXT_GENERATION = GenerationConfig(num_beams=5, no_repeat_ngram_size=6, length_penalty=-0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Predictions, a JSON object for each example, and what they add up to."""
+
+    predictions: list[dict[str, Any]]
+    results: dict[str, Any]
+    scores: np.ndarray | None = None
+    """Of answers; None of texts."""
+    labels: Sequence[int | None] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Shots:
+    """Examples with their answers that a base model is shown before each question."""
+
+    examples: Sequence[Example] = ()
+    choices: Choices = "texts"
+    rule: str = "length"
+
+
+def make_mesh(config: Any) -> Any:
+    """All devices, with the model sharded over as many as divide its width."""
+    devices = jax.device_count()
+    fsdp = math.gcd(devices, config.n_embd)
+    return sharding.make_mesh(MeshConfig(replica=devices // fsdp, fsdp=fsdp))
+
+
+def load_on_mesh(path: str | Path, step: int | None, mesh: Any) -> Any:
+    """The parameters of a folder, sharded over a mesh."""
+    config = load.read_config(path)
+    abstract = jax.eval_shape(lambda: model_lib.init_params(config, 0))
+    return load.load_params(path, step, sharding.tree_shardings(mesh, abstract))
+
+
+def evaluate(
+    path: str | Path,
+    name: Name,
+    files: Sequence[str],
+    *,
+    step: int | None = None,
+    batch_size: int = 8,
+    shots: Shots | None = None,
+    new_tokens: int | None = None,
+) -> Evaluation:
+    """Answers all examples of a task.
+
+    Args:
+      path: the folder of a run, or a Hugging Face folder.
+      name: of the task.
+      files: the task's files or globs.
+      step: which checkpoint of a run; by default the newest, of fine-tuning the best.
+      batch_size: rows at once and device.
+      shots: how a model without a head is asked.
+      new_tokens: of task generation, the longest text; by default task.max_target_length of the run and 1.
+
+    Raises:
+      UserError: the folder or the files cannot be used, or the model's head is of another task.
+    """
+    examples = TASKS[name].read(files)
+    tuned = load.read_task(path)
+    if tuned and adaptation.scores_per_row(tuned):
+        return _by_head(path, tuned, name, examples, step, batch_size)
+    if isinstance(examples[0], Generation):
+        return _by_writing(path, tuned, examples, step, batch_size, new_tokens)
+    return _by_likelihood(path, name, examples, step, batch_size, shots or Shots())
+
+
+def _by_head(
+    path: str | Path, tuned: FinetuneConfig, name: Name, examples: list[Example], step: int | None, batch_size: int
+) -> Evaluation:
+    asked = dataclasses.replace(tuned, task=dataclasses.replace(tuned.task, name=name), model=load.read_config(path))
+    same_kind = asked.added_tokens == tuned.added_tokens and isinstance(examples[0], MultipleChoice | Classification)
+    if not same_kind or TASKS[name].labels != TASKS[tuned.task.name].labels:
+        raise UserError(
+            f"{path} has a head for {tuned.task.name}{_labels(tuned.task.name)}, and {name}{_labels(name)} needs "
+            f"another: fine-tune the model on {name}"
+        )
+    mesh = make_mesh(asked.model)
+    encoded = encoding.encode(asked, load.load_tokenizer(path), examples)
+    logger.info("%s", encoded.description(asked))
+    # A question of multiple choice is a row for each choice.
+    size = max(1, batch_size // max(map(len, encoded.rows))) * mesh.size
+    batches = tqdm(
+        encoding.eval_batches(encoded, size, sharding.batch_sharding(mesh)),
+        desc=name,
+        unit=" batches",
+        total=-(-len(encoded) // size),
+        disable=None,
+    )
+    with jax.set_mesh(mesh):
+        params = load_on_mesh(path, step, mesh)
+        found = scoring.gather(heads.jit_scores(asked, mesh), params, batches, len(encoded))
+    return _answered(path, name, examples, found, {"answered_by": "head", "cut": encoded.cut})
+
+
+def _labels(name: str) -> str:
+    return f" ({', '.join(TASKS[name].labels)})" if TASKS[name].labels else ""
+
+
+def _by_likelihood(
+    path: str | Path, name: str, examples: list[Example], step: int | None, batch_size: int, shots: Shots
+) -> Evaluation:
+    config = Config(model=load.read_config(path))
+    prompts = [likelihood.make_prompt(name, example, shots.choices) for example in examples]
+    shown = []
+    for shot in shots.examples:
+        if (label := _label(shot)) is None:
+            raise UserError(f"the shot {shot.id} has no answer to be shown")
+        shown.append((likelihood.make_prompt(name, shot, shots.choices), label))
+    prompts = [likelihood.with_shots(prompt, shown) for prompt in prompts]
+    mesh = make_mesh(config.model)
+    with jax.set_mesh(mesh):
+        params = load_on_mesh(path, step, mesh)
+        scorer = likelihood.Scorer(config, mesh, params, load.load_tokenizer(path), batch_size * mesh.size)
+        by_rule = likelihood.scores(scorer, prompts)
+    if scorer.cut:
+        logger.warning("%d rows were longer than the model reads: their beginning was cut", scorer.cut)
+    padded = {rule: _padded(found) for rule, found in by_rule.items()}
+    about: dict[str, Any] = {"answered_by": "likelihood", "rule": shots.rule, "shots": len(shown), "cut": scorer.cut}
+    if isinstance(examples[0], MultipleChoice):
+        about["choices"] = shots.choices
+    known = [i for i, example in enumerate(examples) if _label(example) is not None]
+    labels = [label for example in examples if (label := _label(example)) is not None]
+    if known:
+        about["accuracy_by_rule"] = {rule: scoring.accuracy(found[known], labels) for rule, found in padded.items()}
+    return _answered(path, name, examples, padded[shots.rule], about)
+
+
+def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
+    width = max(map(len, rows))
+    return np.stack([np.pad(row, (0, width - len(row)), constant_values=-np.inf) for row in rows])
+
+
+def _label(example: Example) -> int | None:
+    assert not isinstance(example, Generation)
+    return example.label
+
+
+def _answered(
+    path: str | Path, name: str, examples: list[Example], scores: np.ndarray, about: dict[str, Any]
+) -> Evaluation:
+    names: Sequence[str] = TASKS[name].labels or LETTERS
+    labels = [_label(example) for example in examples]
+    predictions = [
+        {
+            "id": example.id,
+            "scores": {names[i]: float(score) for i, score in enumerate(row) if score > np.finfo(np.float32).min},
+            "prediction": names[int(row.argmax())],
+            "gold": None if label is None else names[label],
+        }
+        for example, row, label in zip(examples, scores, labels, strict=True)
+    ]
+    results = {"task": name, "checkpoint": str(path), "examples": len(examples), **about}
+    known = np.array([label is not None for label in labels])
+    if known.any():
+        results |= summary(scores[known], np.array([label for label in labels if label is not None]), names, name)
+    return Evaluation(predictions, results, scores, labels)
+
+
+def summary(scores: np.ndarray, labels: np.ndarray, names: Sequence[str], name: str) -> dict[str, Any]:
+    """What answers with known labels add up to, as `results.json` holds it."""
+    predicted = scores.argmax(axis=1)
+    correct = predicted == labels
+    counts = np.bincount(labels, minlength=scores.shape[1])
+    found: dict[str, Any] = {
+        "answered": len(labels),
+        "accuracy": float(correct.mean()),
+        "accuracy_95": scoring.bootstrap_interval(correct),
+    }
+    if TASKS[name].labels:
+        # Places of choices are no classes.
+        found["macro_f1"] = scoring.macro_f1(predicted, labels)
+    return found | {
+        "majority": {"answer": names[int(counts.argmax())], "accuracy": float(counts.max() / len(labels))},
+        "log_loss": scoring.log_loss(scores, labels),
+        "calibration_error": scoring.expected_calibration_error(scores, labels),
+    }
+
+
+def _by_writing(
+    path: str | Path,
+    tuned: FinetuneConfig | None,
+    examples: list[Example],
+    step: int | None,
+    batch_size: int,
+    new_tokens: int | None,
+) -> Evaluation:
+    model = load.load_model(path, step)
+    tokenizer = model.tokenizer
+    most_source = tuned.task.max_source_length if tuned else model.config.n_positions
+    new_tokens = new_tokens or (tuned.task.max_target_length + 1 if tuned else 100)
+    config = dataclasses.replace(TEXT_GENERATION, max_new_tokens=new_tokens)
+    start = list(encoding.added_ids(tuned, tokenizer).values()) if tuned else []
+    sources = tokenizer.encode_batch([example.source for example in examples])  # type: ignore[union-attr]
+    cut = sum(len(ids) > most_source for ids in sources)
+    prompts = [ids[:most_source] + start for ids in sources]
+    generation.check_prompts(model.config, config, prompts)
+    weights = decoding.lay_out(model.config, model.params)
+    texts: list[str] = []
+    with tqdm(total=len(prompts), desc="writing", unit=" texts", disable=None) as progress:
+        for first in range(0, len(prompts), batch_size):
+            batch = prompts[first : first + batch_size]
+            made = generation.generate(model.config, weights, batch, config, tokenizer.eos_id, first_id=first)
+            texts += [tokenizer.decode([i for i in one.tokens if i < tokenizer.vocab_size]).strip() for one in made]
+            progress.update(len(batch))
+    targets = [example.target for example in examples]  # type: ignore[union-attr]
+    predictions = [
+        {"id": example.id, "prediction": text, "gold": target}
+        for example, text, target in zip(examples, texts, targets, strict=True)
+    ]
+    results = {
+        "task": "generation",
+        "checkpoint": str(path),
+        "examples": len(examples),
+        "answered_by": "writing",
+        "cut": cut,
+        "settings": dataclasses.asdict(config),
+    }
+    pairs = [(target, text) for target, text in zip(targets, texts, strict=True) if target is not None]
+    return Evaluation(predictions, results | ({"answered": len(pairs), **scoring.rouge(pairs)} if pairs else {}))
+
+
+def write(evaluation: Evaluation, folder: Path) -> None:
+    """Writes predictions, results, and a picture of calibration into a folder that is there."""
+    lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in evaluation.predictions)
+    (folder / PREDICTIONS_FILE).write_text(lines, encoding="utf-8")
+    (folder / RESULTS_FILE).write_text(json.dumps(evaluation.results, indent=2) + "\n", encoding="utf-8")
+    if "calibration_error" in evaluation.results:
+        assert evaluation.scores is not None
+        _draw(evaluation, folder / PICTURE_FILE)
+
+
+def _draw(evaluation: Evaluation, path: Path) -> None:
+    import matplotlib.figure
+
+    assert evaluation.scores is not None
+    known = [i for i, label in enumerate(evaluation.labels) if label is not None]
+    labels = [label for label in evaluation.labels if label is not None]
+    confidence, accuracy, share = scoring.calibration(evaluation.scores[known], labels)
+    results = evaluation.results
+    figure = matplotlib.figure.Figure(figsize=(5, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="gray", linewidth=0.8, label="as confident as right")
+    axes.scatter(confidence, accuracy, s=20 + 600 * share, alpha=0.6)
+    axes.plot(confidence, accuracy, linewidth=1)
+    axes.axhline(results["majority"]["accuracy"], linestyle=":", color="tab:red", label="always the majority")
+    low, high = results["accuracy_95"]
+    title = f"{results['task']}: accuracy {results['accuracy']:.1%} ({low:.1%} to {high:.1%})"
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="probability of the answer", ylabel="part that is right", title=title)
+    axes.legend(loc="upper left")
+    figure.savefig(path, dpi=120)
