@@ -43,10 +43,10 @@ def make_run(folder: Path, layers: int) -> dict:
 
 
 def export(run: Path, output: Path, dtype: str, format: str) -> dict:
-    from biomedlm_jax import huggingface
+    from biomedlm_jax import exporting
 
     before = peak_bytes()
-    written = huggingface.export(run, output, dtype=dtype, format=format)  # type: ignore[arg-type]
+    written = exporting.export(run, output, dtype=dtype, format=format)  # type: ignore[arg-type]
     return {
         "imports_bytes": before,
         "total_bytes": written.total_bytes,

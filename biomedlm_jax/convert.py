@@ -11,14 +11,15 @@ from etils import epy
 from biomedlm_jax.errors import run_command
 
 with epy.lazy_imports():
-    from biomedlm_jax import huggingface, model
+    from biomedlm_jax import exporting, huggingface, model
 
 
 def _to_hf(args: argparse.Namespace) -> None:
-    written = huggingface.export(args.checkpoint, args.output, step=args.step, dtype=args.dtype, format=args.format)
+    written = exporting.export(args.checkpoint, args.output, step=args.step, dtype=args.dtype, format=args.format)
     print(
         f"wrote {args.output}: {args.dtype} weights of {_size(written.total_bytes)} in {len(written.files)} file(s); "
-        f"load it with transformers.AutoModelForCausalLM.from_pretrained({args.output!r})"
+        f"load it with transformers.{written.loaded_by}.from_pretrained({args.output!r}"
+        + (", trust_remote_code=True)" if written.loaded_by == "AutoModelForMultipleChoice" else ")")
     )
 
 

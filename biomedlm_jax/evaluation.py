@@ -216,6 +216,8 @@ def _by_writing(
     batch_size: int,
     new_tokens: int | None,
 ) -> Evaluation:
+    if any(example.target is not None for example in examples):  # type: ignore[union-attr]
+        scoring.import_rouge()  # hours before it is needed
     model = load.load_model(path, step)
     tokenizer = model.tokenizer
     most_source = tuned.task.max_source_length if tuned else model.config.n_positions

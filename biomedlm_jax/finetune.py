@@ -278,6 +278,7 @@ def _shardings(mesh: Any, tree: Any) -> Any:
 
 def _with_new_words(config: FinetuneConfig, tokenizer_words: int) -> FinetuneConfig:
     """The configuration with a vocabulary that has room for the task's special tokens."""
+    load.check_architecture(config.run.init_from, config.model, but_words=True)
     there = load.read_config(config.run.init_from).vocab_size
     words = max(there, tokenizer_words + len(config.added_tokens))
     if config.model.vocab_size not in (there, words):

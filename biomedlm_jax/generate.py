@@ -21,13 +21,7 @@ from biomedlm_jax.generation_config import GenerationConfig
 with epy.lazy_imports():
     import numpy as np
 
-    from biomedlm_jax import benchmark_files, decoding, generation, load
-
-# Of the licence of BioMedLM: https://huggingface.co/stanford-crfm/BioMedLM
-LIMITS = (
-    "What a language model writes can be wrong, harmful or made up. It is for research and no medical advice: "
-    "nobody's treatment may rest on it."
-)
+    from biomedlm_jax import benchmark_files, decoding, encoding, generation, load, model_card
 
 
 def main() -> None:
@@ -67,10 +61,13 @@ def _generate(args: argparse.Namespace, config: GenerationConfig) -> None:
     tokenizer = model.tokenizer
     # To a model of documents apart, a text begins behind the end of another.
     start = [tokenizer.eos_id] if load.document_attention(args.checkpoint) else []
-    prompts = [start + ids for ids in tokenizer.encode_batch(texts)]
+    # One that was fine-tuned to write from a source writes behind its end.
+    tuned = load.read_task(args.checkpoint)
+    end = list(encoding.added_ids(tuned, tokenizer).values()) if tuned else []
+    prompts = [start + ids + end for ids in tokenizer.encode_batch(texts)]
     generation.check_prompts(model.config, config, prompts)
     weights = decoding.lay_out(model.config, model.params)
-    print(LIMITS, file=sys.stderr)
+    print(model_card.LIMITS, file=sys.stderr)
 
     if len(texts) == 1 and not args.output and config.num_beams == 1:
         shown = _Stream(tokenizer, texts[0])
@@ -102,7 +99,7 @@ def _continued(
                 yield json.dumps(
                     {
                         "prompt": text,
-                        "text": tokenizer.decode(result.tokens),
+                        "text": _decode(tokenizer, result.tokens),
                         "tokens": len(result.tokens),
                         "ended": result.ended,
                     },
@@ -128,6 +125,11 @@ def _read_prompts(file: str) -> list[str]:
     return prompts
 
 
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    """The text; words that fine-tuning added are none of the tokenizer's."""
+    return tokenizer.decode([token for token in ids if token < tokenizer.vocab_size])
+
+
 class _Stream:
     """Shows a text as it is made. What is not whole yet, as half a character, waits."""
 
@@ -138,7 +140,7 @@ class _Stream:
     def __call__(self, tokens: "np.ndarray") -> None:
         if tokens[0] != self._tokenizer.eos_id:
             self._ids.append(int(tokens[0]))
-            self._show(self._tokenizer.decode(self._ids).rstrip("\ufffd"))
+            self._show(_decode(self._tokenizer, self._ids).rstrip("\ufffd"))
 
     def _show(self, text: str) -> None:
         print(text[self._shown :], end="", flush=True)
@@ -146,7 +148,7 @@ class _Stream:
 
     def end(self) -> None:
         """Shows the rest."""
-        self._show(self._tokenizer.decode(self._ids))
+        self._show(_decode(self._tokenizer, self._ids))
         print(flush=True)
 
 

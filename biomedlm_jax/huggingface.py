@@ -1,4 +1,4 @@
-"""Hugging Face GPT-2 folders, both ways: read without running anything in them, written tensor by tensor.
+"""Hugging Face GPT-2 folders: what is in them, and how they are read, without running anything in them.
 
 `TENSORS` pairs each parameter here with its tensors there. GPT-2's Conv1D stores (in, out) as Flax does, so nothing
 is transposed. What an import could not represent, it remembers in the run's folder for the next export:
@@ -18,18 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tensorstore
 from flax import traverse_util
 from tqdm import tqdm
 
 from biomedlm_jax import checkpoint, model, tokenizer, weights
-from biomedlm_jax.config import Config, ModelConfig, load_config, save_config
+from biomedlm_jax.config import Config, ModelConfig, save_config
 from biomedlm_jax.errors import UserError, reason
 from biomedlm_jax.files import complete_folder
 from biomedlm_jax.model import Params
-from biomedlm_jax.weights import Dtype, Entry, Format
+from biomedlm_jax.weights import Entry
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ HEAD = "lm_head.weight"
 _IGNORED = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 
 # Every field of transformers' GPT2Config and its default, which is what a missing field means.
-_GPT2_CONFIG: dict[str, Any] = {
+GPT2_CONFIG: dict[str, Any] = {
     "architectures": ["GPT2LMHeadModel"],
     "model_type": "gpt2",
     "activation_function": "gelu_new",
@@ -90,7 +89,7 @@ _GPT2_CONFIG: dict[str, Any] = {
     "pad_token_id": None,
 }
 # Those that are settings of the model here, under the same names.
-_MODEL_FIELDS = [field.name for field in dataclasses.fields(ModelConfig) if field.name in _GPT2_CONFIG]
+MODEL_FIELDS = [field.name for field in dataclasses.fields(ModelConfig) if field.name in GPT2_CONFIG]
 # Those that this model has only one value of. reorder_and_upcast_attn is free: it orders the same computation
 # otherwise, in float32, which is what we do anyway.
 _FIXED_FIELDS: dict[str, tuple[Any, ...]] = {
@@ -101,8 +100,8 @@ _FIXED_FIELDS: dict[str, tuple[Any, ...]] = {
     "tie_word_embeddings": (True,),
 }
 
-_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_MEMORY_FOLDER = "huggingface"
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+MEMORY_FOLDER = "huggingface"
 _REMEMBERED = ("config.json", "generation_config.json")
 _DTYPES = ("float32", "bfloat16", "float16")
 _PROBLEMS_SHOWN = 40
@@ -120,14 +119,6 @@ class Tensor:
     def of(self, arrays: dict[str, Any]) -> Any:
         """Its part of the stacked arrays, by path."""
         return arrays[self.path] if self.layer is None else arrays[self.path][self.layer]
-
-
-@dataclasses.dataclass(frozen=True)
-class Export:
-    """What an export wrote: bytes of tensors, and the files that hold them."""
-
-    total_bytes: int
-    files: list[Path]
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -163,14 +154,14 @@ def read_config(directory: str | Path) -> ModelConfig:
       UserError: config.json is missing or broken, or asks for what this model does not compute; lists all of it.
     """
     raw = weights.read_json(Path(directory) / "config.json")
-    fields = {**_GPT2_CONFIG, **raw}
+    fields = {**GPT2_CONFIG, **raw}
     problems = [
         f"{name} is {fields[name]!r}, and this model has {' or '.join(map(repr, allowed))} only"
         for name, allowed in _FIXED_FIELDS.items()
         if fields[name] not in allowed
     ]
-    for name in _MODEL_FIELDS:
-        kinds = (int, float) if isinstance(_GPT2_CONFIG[name], float) else (type(_GPT2_CONFIG[name]),)
+    for name in MODEL_FIELDS:
+        kinds = (int, float) if isinstance(GPT2_CONFIG[name], float) else (type(GPT2_CONFIG[name]),)
         if type(fields[name]) not in kinds:
             problems.append(f"{name} is {fields[name]!r}, and not a value of type {kinds[-1].__name__}")
     if not problems and fields["n_inner"] not in (None, 4 * fields["n_embd"]):
@@ -180,36 +171,11 @@ def read_config(directory: str | Path) -> ModelConfig:
     saved_in = fields.get("dtype", fields.get("torch_dtype"))
     try:
         return ModelConfig(
-            **{name: fields[name] for name in _MODEL_FIELDS},
+            **{name: fields[name] for name in MODEL_FIELDS},
             compute_dtype="bfloat16" if saved_in in ("bfloat16", "float16") else "float32",
         )
     except UserError as error:
         raise UserError(f"{directory}/config.json: {error}") from error
-
-
-def _write_configs(run_dir: Path, output: Path, config: ModelConfig, dtype: Dtype) -> None:
-    """config.json and generation_config.json: what an import remembered, or new ones with the tokenizer's ids."""
-    memory = run_dir / _MEMORY_FOLDER
-    has_tokenizer = (run_dir / checkpoint.TOKENIZER_FOLDER).is_dir()
-    eos_id = tokenizer.load_tokenizer(run_dir / checkpoint.TOKENIZER_FOLDER).eos_id if has_tokenizer else None
-    if (memory / "config.json").is_file():
-        fields = weights.read_json(memory / "config.json")
-        eos_id = fields.get("eos_token_id") if eos_id is None else eos_id
-    else:
-        fields = {**_GPT2_CONFIG, **dict.fromkeys(_SPECIAL_IDS, eos_id), "dtype": dtype}
-    # A field that means what it meant stays as it was written, or absent.
-    fields |= {
-        name: getattr(config, name)
-        for name in _MODEL_FIELDS
-        if fields.get(name, _GPT2_CONFIG[name]) != getattr(config, name)
-    }
-    fields |= {name: dtype for name in ("dtype", "torch_dtype") if name in fields}
-    weights.write_json(output / "config.json", fields)
-    if (memory / "generation_config.json").is_file():
-        shutil.copyfile(memory / "generation_config.json", output / "generation_config.json")
-    else:
-        # Generation stops at the end of text, and batches are padded with it.
-        weights.write_json(output / "generation_config.json", dict.fromkeys(_SPECIAL_IDS, eos_id))
 
 
 # ----------------------------------------------------------------------------------------------------- reading a folder
@@ -244,7 +210,7 @@ def _read_entries(
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
     """Every tensor of the model, in float32; says so if there is another head beside them."""
     expected = tensors(config)
-    with _progress(f"reading {directory}", sum(math.prod(tensor.shape) * 4 for tensor in expected)) as progress:
+    with progress_of(f"reading {directory}", sum(math.prod(tensor.shape) * 4 for tensor in expected)) as progress:
         for tensor in expected:
             yield tensor, entries[tensor.name].read().astype(np.float32, copy=False)
             progress.update(math.prod(tensor.shape) * 4)
@@ -319,7 +285,7 @@ def import_model(directory: str | Path, run_dir: str | Path) -> ModelConfig:
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory} is no folder; download a model first: hf download OWNER/NAME --local-dir DIR")
-    with _new_folder(run_dir) as folder:
+    with new_folder(run_dir) as folder:
         config, entries = _checked_entries(directory)
         arrays = create_checkpoint(folder, config)
         for tensor, value in _read_entries(directory, config, entries):
@@ -335,65 +301,11 @@ def import_model(directory: str | Path, run_dir: str | Path) -> ModelConfig:
                 raise UserError(
                     f"{directory}: the tokenizer has {its_tokenizer.vocab_size} words, the model {config.vocab_size}"
                 )
-        (folder / _MEMORY_FOLDER).mkdir()
+        (folder / MEMORY_FOLDER).mkdir()
         for name in _REMEMBERED:
             if (directory / name).is_file():
-                shutil.copyfile(directory / name, folder / _MEMORY_FOLDER / name)
+                shutil.copyfile(directory / name, folder / MEMORY_FOLDER / name)
     return config
-
-
-def export(
-    run_dir: str | Path,
-    output: str | Path,
-    *,
-    step: int | None = None,
-    dtype: Dtype = "float32",
-    format: Format = "safetensors",
-    max_shard_bytes: float = 5e9,
-) -> Export:
-    """Writes a run's checkpoint as a folder that `transformers.AutoModelForCausalLM` and `AutoTokenizer` load.
-
-    As transformers writes them: safetensors hold no `lm_head.weight`, which is tied; pytorch_model.bin holds it as
-    another name of the embedding. One tensor is in memory at a time; PyTorch's format takes a shard.
-
-    Args:
-      run_dir: folder of a run.
-      output: folder to make; must not exist, or be empty.
-      step: the checkpoint, by default the newest.
-      dtype: type of the tensors.
-      format: model.safetensors or pytorch_model.bin.
-      max_shard_bytes: weights beyond it are split into several files, with an index.
-
-    Raises:
-      UserError: there is no such run or step; `output` is not empty; a value is too large for `dtype`.
-    """
-    run_dir, step = Path(run_dir), checkpoint.find_step(run_dir, step)
-    config = load_config(run_dir / checkpoint.CONFIG_FILE).model
-    arrays = _open_checkpoint(checkpoint.checkpoint_folder(run_dir) / str(step) / "params", config)
-    all_tensors = tensors(config)
-    named = [(PREFIX + tensor.name, tensor.shape) for tensor in all_tensors]
-    size = sum(math.prod(tensor.shape) for tensor in all_tensors) * jnp.dtype(dtype).itemsize
-    with _new_folder(output) as folder, _progress(f"writing {output}", size) as progress:
-        values = _read_all(all_tensors, arrays, dtype, progress)
-        files = weights.write_shards(
-            folder,
-            named,
-            values,
-            dtype=dtype,
-            format=format,
-            max_shard_bytes=max_shard_bytes,
-            aliases={HEAD: PREFIX + "wte.weight"},
-        )
-        _write_configs(run_dir, folder, config, dtype)
-        if (run_dir / checkpoint.TOKENIZER_FOLDER).is_dir():
-            tokenizer.export_tokenizer(
-                tokenizer.load_tokenizer(run_dir / checkpoint.TOKENIZER_FOLDER),
-                folder,
-                model_max_length=config.n_positions,
-            )
-        else:
-            logger.warning("%s has no tokenizer, and neither has what is exported", run_dir)
-    return Export(size, [Path(output) / name for name in files])
 
 
 def create_checkpoint(run_dir: Path, config: ModelConfig) -> dict[str, tensorstore.TensorStore]:
@@ -406,7 +318,7 @@ def create_checkpoint(run_dir: Path, config: ModelConfig) -> dict[str, tensorsto
     seeds = {path: np.zeros([1] * len(shape), np.float32) for path, shape in shapes.items()}
     checkpoint.save_params(run_dir, 0, traverse_util.unflatten_dict(seeds, sep="/"))
     arrays = {}
-    for path, seed in _open_arrays(checkpoint.checkpoint_folder(run_dir) / "0" / "params").items():
+    for path, seed in open_arrays(checkpoint.checkpoint_folder(run_dir) / "0" / "params").items():
         shape = shapes[path]
         place = seed.spec().to_json()
         # Otherwise zeros would be left out of the files, as Orbax never does.
@@ -418,10 +330,18 @@ def create_checkpoint(run_dir: Path, config: ModelConfig) -> dict[str, tensorsto
     return arrays
 
 
-def _open_arrays(folder: Path) -> dict[str, tensorstore.TensorStore]:
-    """The parameters that Orbax saved, by path, not read yet: it stores each as an array of an OCDBT database."""
+def open_arrays(folder: Path, more: Iterable[str] = ()) -> dict[str, tensorstore.TensorStore]:
+    """The parameters that Orbax saved, by path, not read yet: it stores each as an array of an OCDBT database.
+
+    Args:
+      folder: a checkpoint's.
+      more: paths besides those of `TENSORS`.
+    """
     store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}
-    specs = {path: {"driver": "auto", "kvstore": {**store, "path": f"{path.replace('/', '.')}/"}} for path in TENSORS}
+    specs = {
+        path: {"driver": "auto", "kvstore": {**store, "path": f"{path.replace('/', '.')}/"}}
+        for path in [*TENSORS, *more]
+    }
     try:
         return {path: tensorstore.open(spec).result() for path, spec in specs.items()}
     except ValueError as error:
@@ -430,37 +350,14 @@ def _open_arrays(folder: Path) -> dict[str, tensorstore.TensorStore]:
         ) from error
 
 
-def _open_checkpoint(folder: Path, config: ModelConfig) -> dict[str, tensorstore.TensorStore]:
-    arrays = _open_arrays(folder)
-    for path, shape in parameter_shapes(config).items():
-        if arrays[path].shape != shape:
-            raise UserError(f"{folder}: {path} has shape {arrays[path].shape}, not the configuration's {shape}")
-    return arrays
-
-
-def _read_all(
-    all_tensors: list[Tensor], arrays: dict[str, tensorstore.TensorStore], dtype: Dtype, progress: tqdm
-) -> Iterator[np.ndarray]:
-    for tensor in all_tensors:
-        value = tensor.of(arrays).read().result()
-        with np.errstate(over="ignore"):
-            cast = value.astype(jnp.dtype(dtype))
-        if not np.array_equal(np.isfinite(cast), np.isfinite(value)):
-            raise UserError(
-                f"{PREFIX}{tensor.name} has values up to {np.nanmax(np.abs(value)):g}, beyond the range of "
-                f"{dtype}: export another type"
-            )
-        progress.update(cast.nbytes)
-        yield cast
-
-
-def _new_folder(output: str | Path) -> contextlib.AbstractContextManager[Path]:
+def new_folder(output: str | Path) -> contextlib.AbstractContextManager[Path]:
+    """A folder to fill, as `files.complete_folder`. Raises: UserError: there is something in it."""
     output = Path(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"{output} already exists and is not empty; choose another --output, or remove it")
     return complete_folder(output)
 
 
-def _progress(description: str, total_bytes: int) -> tqdm:
+def progress_of(description: str, total_bytes: int) -> tqdm:
     """A bar on standard error if that is a terminal."""
     return tqdm(desc=description, total=total_bytes, unit="B", unit_scale=True, disable=None, leave=False, delay=1)

@@ -233,6 +233,12 @@ def start_from(
     Raises:
       UserError: names the first setting that differs; or see `load_model`.
     """
+    check_architecture(path, config, but_words)
+    return load_params(path, shardings=shardings)
+
+
+def check_architecture(path: str | Path, config: ModelConfig, but_words: bool = False) -> None:
+    """Refuses a folder whose model is of another architecture; see `start_from`."""
     there = read_config(path)
     for name in (
         *(() if but_words else ("vocab_size",)),
@@ -247,7 +253,6 @@ def start_from(
             raise UserError(
                 f"run.init_from {path}: model.{name} is {getattr(there, name)} there and {getattr(config, name)} here"
             )
-    return load_params(path, shardings=shardings)
 
 
 def load_tokenizer(path: str | Path) -> tokenizer_lib.Tokenizer:

@@ -81,17 +81,18 @@ def expected_calibration_error(scores: Scores, labels: Labels, bins: int = 10) -
     return float(np.sum(np.abs(confidence - correct) * share))
 
 
-def rouge(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """Means of ROUGE-1, -2 and -L's F-measures, with stemming, of (right text, text made).
-
-    Raises:
-      UserError: the package rouge-score is not installed.
-    """
+def import_rouge() -> Any:
+    """The scorer of Google's rouge-score. Raises: UserError: it is not installed."""
     try:
-        from rouge_score.rouge_scorer import RougeScorer
+        from rouge_score import rouge_scorer
     except ImportError as error:
         raise UserError("ROUGE needs a package: pip install rouge-score") from error
+    return rouge_scorer
+
+
+def rouge(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """Means of ROUGE-1, -2 and -L's F-measures, with stemming, of (right text, text made)."""
     kinds = ["rouge1", "rouge2", "rougeL"]
-    scorer = RougeScorer(kinds, use_stemmer=True)
+    scorer = import_rouge().RougeScorer(kinds, use_stemmer=True)
     found = [scorer.score(target, text) for target, text in pairs]
     return {kind: float(np.mean([one[kind].fmeasure for one in found])) for kind in kinds}

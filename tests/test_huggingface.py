@@ -15,7 +15,7 @@ from flax import traverse_util
 from huggingface_models import hf_logits, make_model, make_tokenizer, read_folder, write_folder
 from safetensors.numpy import load_file, save_file
 
-from biomedlm_jax import checkpoint, huggingface, load_model
+from biomedlm_jax import checkpoint, exporting, huggingface, load_model
 from biomedlm_jax import config as config_lib
 from biomedlm_jax import model as model_lib
 from biomedlm_jax.errors import UserError
@@ -109,7 +109,7 @@ def test_round_trip_is_bit_identical(tmp_path, dtype, format, max_shard_bytes):
     source = read_folder(tmp_path / "source")
     assert {str(value.dtype) for value in source.values()} == {dtype}
     huggingface.import_model(tmp_path / "source", tmp_path / "run")
-    written = huggingface.export(
+    written = exporting.export(
         tmp_path / "run", tmp_path / "back", dtype=dtype, format=format, max_shard_bytes=max_shard_bytes
     )
     back = tmp_path / "back"
@@ -140,7 +140,7 @@ def test_round_trip_is_bit_identical(tmp_path, dtype, format, max_shard_bytes):
         assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
         # And what PyTorch wrote is read again to the same bits.
         huggingface.import_model(back, tmp_path / "run2")
-        huggingface.export(tmp_path / "run2", tmp_path / "back2", dtype=dtype)
+        exporting.export(tmp_path / "run2", tmp_path / "back2", dtype=dtype)
         assert same(read_folder(tmp_path / "back2"), source)
 
 
@@ -181,7 +181,7 @@ def test_published_layout(tmp_path, caplog, bare, zip_file):
     with caplog.at_level(logging.WARNING):
         huggingface.import_model(tmp_path, tmp_path / "run")
     assert "lm_head" not in caplog.text
-    huggingface.export(tmp_path / "run", tmp_path / "back")
+    exporting.export(tmp_path / "run", tmp_path / "back")
     back = read_folder(tmp_path / "back")
     names = [name for name, _ in model.named_parameters()]
     assert sorted(back) == sorted(names)
@@ -210,7 +210,7 @@ def test_changed_settings_reach_the_exported_configuration(tmp_path):
     huggingface.import_model(tmp_path / "hf", tmp_path / "run")
     path = tmp_path / "run" / "config.yaml"
     path.write_text(path.read_text().replace("resid_pdrop: 0.1", "resid_pdrop: 0.25"))
-    huggingface.export(tmp_path / "run", tmp_path / "out", dtype="bfloat16")
+    exporting.export(tmp_path / "run", tmp_path / "out", dtype="bfloat16")
     before, after = (json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("hf", "out"))
     assert after == {**before, "resid_pdrop": 0.25, "torch_dtype": "bfloat16"}
 
@@ -236,7 +236,7 @@ def test_exported_run_loads_with_transformers(tmp_path):
     # As training saves them: stacked arrays of JAX, on several steps.
     for step in (3, 10):
         checkpoint.save_params(run, step, model_lib.init_params(config.model, step))
-    huggingface.export(run, tmp_path / "hf")
+    exporting.export(run, tmp_path / "hf")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     hf_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     texts = ["the patient received aspirin", "Ångström β-blocker\n the tumour"]
@@ -300,9 +300,9 @@ def test_large_values_do_not_become_infinite_in_float16(tmp_path):
     save_file(tensors, tmp_path / "hf" / "model.safetensors")
     huggingface.import_model(tmp_path / "hf", tmp_path / "run")
     with pytest.raises(UserError, match=r"transformer.h.1.mlp.c_fc.weight has values up to 70000, beyond .* float16"):
-        huggingface.export(tmp_path / "run", tmp_path / "out", dtype="float16")
+        exporting.export(tmp_path / "run", tmp_path / "out", dtype="float16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run"]
-    huggingface.export(tmp_path / "run", tmp_path / "out", dtype="bfloat16")
+    exporting.export(tmp_path / "run", tmp_path / "out", dtype="bfloat16")
     assert same(read_folder(tmp_path / "out"), {k: v.astype(ml_dtypes.bfloat16) for k, v in tensors.items()})
 
 
@@ -335,7 +335,7 @@ def test_models_that_cannot_be_computed_are_refused(tmp_path, change, message):
 def test_missing_configuration_fields_mean_what_they_mean_to_transformers():
     transformers = pytest.importorskip("transformers")
     defaults = transformers.GPT2Config().to_dict()
-    ours = {name: value for name, value in huggingface._GPT2_CONFIG.items() if name in GPT2_OWN_FIELDS}
+    ours = {name: value for name, value in huggingface.GPT2_CONFIG.items() if name in GPT2_OWN_FIELDS}
     assert ours == {name: defaults[name] for name in GPT2_OWN_FIELDS}
 
 
@@ -440,7 +440,7 @@ def test_an_export_is_complete_or_not_there(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").touch()
     with pytest.raises(UserError, match="already exists and is not empty"):
-        huggingface.export(tmp_path / "run", tmp_path / "out")
+        exporting.export(tmp_path / "run", tmp_path / "out")
     (tmp_path / "out" / "precious").unlink()
     # Somebody's, whatever its name.
     (tmp_path / "out.partial").mkdir()
@@ -448,10 +448,10 @@ def test_an_export_is_complete_or_not_there(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(huggingface, "_write_configs", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            huggingface.export(tmp_path / "run", tmp_path / "out")
+            exporting.export(tmp_path / "run", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out", "out.partial", "run"]
     assert not list((tmp_path / "out").iterdir()) and (tmp_path / "out.partial" / "thesis.txt").exists()
-    huggingface.export(tmp_path / "hf" / ".." / "run", tmp_path / "hf" / ".." / "out")
+    exporting.export(tmp_path / "hf" / ".." / "run", tmp_path / "hf" / ".." / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "config.json",
         "generation_config.json",
@@ -465,10 +465,10 @@ def test_damaged_checkpoints_are_explained(tmp_path):
     path = tmp_path / "run" / "config.yaml"
     path.write_text(re.sub("n_layer: 3", "n_layer: 4", path.read_text()))
     with pytest.raises(UserError, match=r"h/ln_1/scale has shape \(3, 30\), not the configuration's \(4, 30\)"):
-        huggingface.export(tmp_path / "run", tmp_path / "out")
+        exporting.export(tmp_path / "run", tmp_path / "out")
     (tmp_path / "run" / "checkpoints" / "0" / "params" / "manifest.ocdbt").unlink()
     with pytest.raises(UserError, match="cannot read the checkpoint"):
-        huggingface.export(tmp_path / "run", tmp_path / "out")
+        exporting.export(tmp_path / "run", tmp_path / "out")
 
 
 # ---------------------------------------------------------------------------------------------------- memory
@@ -477,7 +477,7 @@ MEMORY_SCRIPT = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from biomedlm_jax import checkpoint, config, huggingface
+from biomedlm_jax import checkpoint, config, exporting, huggingface
 
 model = config.ModelConfig(vocab_size=5000, n_positions=64, n_embd=448, n_layer=32, n_head=4)
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -490,7 +490,7 @@ if sys.argv[1] == "make":
         tensor.of(arrays).write(np.full(tensor.shape, 0.5, np.float32)).result()  # cheap to compress
     config.save_config(config.Config(model=model), run / checkpoint.CONFIG_FILE)
 else:
-    {"export": huggingface.export, "import": huggingface.import_model}[sys.argv[1]](*sys.argv[2:])
+    {"export": exporting.export, "import": huggingface.import_model}[sys.argv[1]](*sys.argv[2:])
 print((peak() - before) / 4 / sum(np.prod(shape) for shape in huggingface.parameter_shapes(model).values()))
 """
 

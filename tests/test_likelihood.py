@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import questions
 
-from biomedlm_jax import evaluation, huggingface, likelihood, load, sharding, tokenizer
+from biomedlm_jax import evaluation, exporting, huggingface, likelihood, load, sharding, tokenizer
 from biomedlm_jax.config import Config, MeshConfig
 from biomedlm_jax.tasks import Classification, MultipleChoice
 
@@ -27,7 +27,7 @@ def exported(tmp_path_factory):
     model.save_pretrained(folder / "from")
     tokenizer.export_tokenizer(huggingface_models.make_tokenizer(WORDS), folder / "from", model_max_length=POSITIONS)
     huggingface.import_model(folder / "from", folder / "run")
-    huggingface.export(folder / "run", folder / "hf")
+    exporting.export(folder / "run", folder / "hf")
     return folder / "hf"
 
 

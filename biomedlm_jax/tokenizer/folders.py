@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from biomedlm_jax.errors import UserError
@@ -43,17 +44,23 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     )
 
 
-def export_tokenizer(tokenizer: Tokenizer, directory: str | Path, *, model_max_length: int = 1024) -> None:
+def export_tokenizer(
+    tokenizer: Tokenizer, directory: str | Path, *, model_max_length: int = 1024, added_tokens: Sequence[str] = ()
+) -> None:
     """Writes a folder that `transformers.AutoTokenizer` and `load_tokenizer` both read, to the same ids.
 
     Args:
       tokenizer: either kind.
       directory: folder to write to; may hold a model.
       model_max_length: positions of the model.
+      added_tokens: special tokens of a fine-tuned model, behind all others; found in texts, as its rows need them.
     """
     backend = tokenizer.hugging_face()
+    backend.add_special_tokens(list(added_tokens))
     # Padding with the end of text needs no new embedding; the attention mask hides it.
     special = {"bos_token": EOS, "eos_token": EOS, "pad_token": EOS}
+    own = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    special |= {name: token for name, token in own.items() if token in added_tokens}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **special,
@@ -62,7 +69,7 @@ def export_tokenizer(tokenizer: Tokenizer, directory: str | Path, *, model_max_l
         "model_input_names": ["input_ids", "attention_mask"],
         # Lossless, and special tokens cannot be smuggled in by texts.
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,
+        "split_special_tokens": not added_tokens,
         "added_tokens_decoder": {
             str(token): {
                 "content": added.content,
