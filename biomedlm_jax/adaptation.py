@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from biomedlm_jax import heads
+from biomedlm_jax import heads, step
 from biomedlm_jax import model as model_lib
 from biomedlm_jax.finetune_config import CLASSIFICATION, MULTIPLE_CHOICE, FinetuneConfig, LoraConfig
 from biomedlm_jax.model import Params, combine
+from biomedlm_jax.step import Objective
 from biomedlm_jax.tasks import TASKS
 
 
@@ -24,6 +25,14 @@ def scores_per_row(config: FinetuneConfig) -> int:
     if config.task.name in MULTIPLE_CHOICE:
         return 1
     return len(TASKS[config.task.name].labels) if config.task.name in CLASSIFICATION else 0
+
+
+def objective(config: FinetuneConfig) -> Objective:
+    """What the task's training lowers: of answers by a head, or of texts."""
+    lora = lora_of(config)
+    if scores_per_row(config):
+        return heads.objective(config.model, lora)
+    return step.language_model(config.model, config.train.loss_chunk, lora)
 
 
 def with_new_parts(config: FinetuneConfig, params: Params) -> Params:

@@ -6,6 +6,8 @@ configuration gives a number. A field's docstring is its `--help` text.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -424,13 +426,34 @@ def parse_args_with(
     return _instantiate(parser, parse), values
 
 
-def peek(setting: str, kind: type, args: list[str] | None = None) -> Any:
+def peek(
+    setting: str,
+    kind: type,
+    args: list[str] | None = None,
+    add_options: Callable[[jsonargparse.ArgumentParser], None] = lambda parser: None,
+) -> Any:
     """The value that a command line, or the file that it names, gives a setting; no values are checked by it.
 
     Raises:
       UserError: see `parse_args`.
     """
-    return _parsed(lambda: _parser(kind, "", "").parse_args(args))[setting]
+    return _parsed(lambda: _parser(kind, "", "", add_options).parse_args(args))[setting]
+
+
+def has_group(group: str, args: list[str] | None = None) -> bool:
+    """Whether a command line, or the file that it names, has settings of a group."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", action="append", default=[])
+    known, others = parser.parse_known_args(args)
+    if any(other.startswith(f"--{group}.") for other in others):
+        return True
+    for file in known.config:
+        # What is wrong with a file, `parse_args` says.
+        with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
+            groups = yaml.safe_load(Path(file).read_bytes())
+            if isinstance(groups, dict) and group in groups:
+                return True
+    return False
 
 
 def load_config(path: str | Path, kind: type = Config) -> Any:

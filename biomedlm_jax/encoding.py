@@ -18,14 +18,11 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from biomedlm_jax.finetune_config import FinetuneConfig
+from biomedlm_jax.finetune_config import LENGTH_MULTIPLE, FinetuneConfig
 from biomedlm_jax.heads import Questions
 from biomedlm_jax.step import Batch
 from biomedlm_jax.tasks import Classification, Example, Generation, MultipleChoice
 from biomedlm_jax.tokenizer import Tokenizer
-
-# Rows of a batch are as long as its longest one, rounded up to this, so that few programs are compiled.
-LENGTH_MULTIPLE = 128
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,18 +44,6 @@ with epy.lazy_imports():
 
 logger = logging.getLogger("biomedlm_jax.finetune")
 
-# What the model is, and not how it is computed or trained.
-_ARCHITECTURE = (
-    "vocab_size",
-    "n_positions",
-    "n_embd",
-    "n_layer",
-    "n_head",
-    "layer_norm_epsilon",
-    "initializer_range",
-    "scale_attn_by_inverse_layer_idx",
-)
-
 
 def main() -> int:
     """Fine-tunes with the settings of the command line; exits with 128 + the signal that stopped it."""
@@ -72,10 +60,10 @@ def parse_args(args: list[str] | None = None) -> FinetuneConfig:
     init_from = config_lib.peek("run.init_from", FinetuneConfig, args)
     if not init_from:
         raise UserError("run.init_from is not set: say what to start from, a run's folder or a Hugging Face folder")
-    there = load.read_config(init_from)
-    defaults = {f"model.{name}": getattr(there, name) for name in _ARCHITECTURE}
     description = "Fine-tune a model on a downstream task, or go on where that stopped."
-    config, _ = config_lib.parse_args_with("finetune", description, lambda parser: None, args, FinetuneConfig, defaults)
+    config, _ = config_lib.parse_args_with(
+        "finetune", description, lambda parser: None, args, FinetuneConfig, load.model_defaults(init_from)
+    )
     return config
 
 
@@ -145,11 +133,7 @@ def _run(config: FinetuneConfig, mesh: Any, checkpointer: Any, job: Any, train_s
 
     # ---- The compiled steps, and the batches they take
     rows = sharding.batch_sharding(mesh)
-    lora = adaptation.lora_of(config)
-    if adaptation.scores_per_row(config):
-        objective = heads.objective(config.model, lora)
-    else:
-        objective = step.language_model(config.model, config.train.loss_chunk, lora)
+    objective = adaptation.objective(config)
     train_step = step.jit_train_step(
         config, _shardings(mesh, state), rows, objective, _shardings(mesh, frozen) if frozen else None
     )

@@ -15,6 +15,8 @@ from biomedlm_jax.config import MeshConfig, ModelConfig, Paths, RunConfig, as_pa
 MULTIPLE_CHOICE = ("medqa", "medmcqa", "mmlu")
 CLASSIFICATION = ("pubmedqa", "bioasq")
 GENERATION = ("generation",)
+# Rows of a batch are as long as its longest one, rounded up to this, so that few programs are compiled.
+LENGTH_MULTIPLE = 128
 Name = Literal["medqa", "medmcqa", "mmlu", "pubmedqa", "bioasq", "generation"]
 
 
@@ -115,7 +117,7 @@ class FinetuneTrainConfig:
     seed: int = 0
     """Seed of the new weights, of the order of examples, and of dropout."""
     loss_chunk: int = 0
-    """Of task generation: positions of a row whose logits exist at once, to save memory; 0 is all."""
+    """Of task generation: positions of a row whose logits exist at once, to save memory; must divide 128; 0 is all."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 0
@@ -157,6 +159,12 @@ class FinetuneConfig:
         require(
             longest <= self.model.n_positions,
             f"task.{parts} is {longest}, and the model reads {self.model.n_positions} tokens: shorten them",
+        )
+        chunk = self.train.loss_chunk
+        require(
+            not chunk or (LENGTH_MULTIPLE % chunk == 0 and self.model.n_positions % chunk == 0),
+            f"train.loss_chunk must divide {LENGTH_MULTIPLE}, of which rows are multiples, and model.n_positions: "
+            f"it is {chunk}",
         )
 
     @property

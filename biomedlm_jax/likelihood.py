@@ -20,7 +20,7 @@ from tqdm import tqdm
 from biomedlm_jax import model as model_lib
 from biomedlm_jax import sharding, step
 from biomedlm_jax.config import Config
-from biomedlm_jax.encoding import LENGTH_MULTIPLE
+from biomedlm_jax.finetune_config import LENGTH_MULTIPLE
 from biomedlm_jax.loss import head_logits
 from biomedlm_jax.model import Params
 from biomedlm_jax.tasks import LETTERS, TASKS, Classification, Example, MultipleChoice

@@ -18,6 +18,17 @@ from biomedlm_jax.errors import UserError
 from biomedlm_jax.finetune_config import FinetuneConfig
 from biomedlm_jax.model import Params
 
+# Settings that two models must have in common for the weights of one to be those of the other.
+_ARCHITECTURE = (
+    "vocab_size",
+    "n_positions",
+    "n_embd",
+    "n_layer",
+    "n_head",
+    "layer_norm_epsilon",
+    "scale_attn_by_inverse_layer_idx",
+)
+
 
 class LanguageModel:
     """A causal language model: token ids to the logits of the next token.
@@ -149,6 +160,12 @@ def read_config(path: str | Path) -> ModelConfig:
     )
 
 
+def model_defaults(path: str | Path) -> dict[str, Any]:
+    """What the model in a folder is, and not how it is computed or trained, as settings by 'group.name'."""
+    there = read_config(path)
+    return {f"model.{name}": getattr(there, name) for name in (*_ARCHITECTURE, "initializer_range")}
+
+
 def document_attention(path: str | Path) -> bool:
     """Whether a run was trained to attend within documents only; false of a Hugging Face folder, which cannot say."""
     if not _is_run(Path(path)):
@@ -240,15 +257,9 @@ def start_from(
 def check_architecture(path: str | Path, config: ModelConfig, but_words: bool = False) -> None:
     """Refuses a folder whose model is of another architecture; see `start_from`."""
     there = read_config(path)
-    for name in (
-        *(() if but_words else ("vocab_size",)),
-        "n_positions",
-        "n_embd",
-        "n_layer",
-        "n_head",
-        "layer_norm_epsilon",
-        "scale_attn_by_inverse_layer_idx",
-    ):
+    for name in _ARCHITECTURE:
+        if but_words and name == "vocab_size":
+            continue
         if getattr(there, name) != getattr(config, name):
             raise UserError(
                 f"run.init_from {path}: model.{name} is {getattr(there, name)} there and {getattr(config, name)} here"

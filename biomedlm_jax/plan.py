@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 from etils import epy
@@ -18,9 +19,11 @@ from biomedlm_jax import targets
 from biomedlm_jax.config import Config
 from biomedlm_jax.errors import UserError, run_command
 from biomedlm_jax.files import check_output
+from biomedlm_jax.finetune_config import FinetuneConfig
 
 # `--help` and mistakes in the settings answer before these are loaded.
 with epy.lazy_imports():
+    from biomedlm_jax import load
     from biomedlm_jax.planning import compiled as compiled_lib
     from biomedlm_jax.planning import drawing, report, search
 
@@ -29,9 +32,7 @@ logger = logging.getLogger("biomedlm_jax.plan")
 
 def main() -> int:
     """Prints the plan of the command line; the exit status is 1 if the run does not fit."""
-    config, options = config_lib.parse_args_with(
-        "plan", "Predict memory, exchange, time and cost of a run on devices that are not here.", _add_options
-    )
+    config, options = _parse_args()
     check_output("--plot", options.plot)
     if options.price is not None and options.price < 0:
         raise UserError(f"--price must not be negative, not {options.price:g}")
@@ -61,7 +62,21 @@ def main() -> int:
     return 0 if plan.fits else 1
 
 
-def _advise(config: Config, target: targets.Target, compiled: Any) -> str | None:
+def _parse_args() -> tuple[Config | FinetuneConfig, Any]:
+    """The settings of a run of pretraining, or of fine-tuning if there are any of group task, and the options."""
+    kind: type = Config
+    defaults: dict[str, Any] = {}
+    if config_lib.has_group("task"):
+        kind = FinetuneConfig
+        init_from = config_lib.peek("run.init_from", kind, add_options=_add_options)
+        # What a run would start from need not be here; its sizes are then the published model's.
+        if init_from and Path(init_from).is_dir():
+            defaults = load.model_defaults(init_from)
+    description = "Predict memory, exchange, time and cost of a run on devices that are not here."
+    return config_lib.parse_args_with("plan", description, _add_options, None, kind, defaults)
+
+
+def _advise(config: Config | FinetuneConfig, target: targets.Target, compiled: Any) -> str | None:
     """The options that make the run fit, also said to the user; None if none do."""
     logger.info("looking for the nearest setting that fits")
     plan = search.nearest_fit(config, target, compiled)
@@ -74,7 +89,7 @@ def _advise(config: Config, target: targets.Target, compiled: Any) -> str | None
     return options
 
 
-def _search(config: Config, target: targets.Target, options: Any) -> int:
+def _search(config: Config | FinetuneConfig, target: targets.Target, options: Any) -> int:
     compiled_lib.check(config, target)
     plans = search.search(config, target)
     if not plans:

@@ -193,14 +193,11 @@ class Run:
         self.rows = sharding.batch_sharding(self.mesh)
         trained, self.frozen = adaptation.split(config, params)
         self.state = step.init_state(config, trained)
-        lora = adaptation.lora_of(config)
-        has_head = adaptation.scores_per_row(config)
-        objective = heads.objective(config.model, lora) if has_head else step.language_model(config.model, 16, lora)
         self.step = step.jit_train_step(
             config,
             sharding.tree_shardings(self.mesh, self.state),
             self.rows,
-            objective,
+            adaptation.objective(config),
             sharding.tree_shardings(self.mesh, self.frozen) if self.frozen else None,
         )
 

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 
-from biomedlm_jax import hlo, sharding, step
-from biomedlm_jax.config import Config
+from biomedlm_jax import adaptation, heads, hlo, sharding, step
+from biomedlm_jax.config import Config, OptimizerConfig, TrainConfig
 from biomedlm_jax.errors import UserError
+from biomedlm_jax.finetune_config import LENGTH_MULTIPLE, MULTIPLE_CHOICE, FinetuneConfig
 from biomedlm_jax.planning import flops, memory, traffic
 from biomedlm_jax.targets import Target
 
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 class CompiledStep:
     """A training step as compiled for a target; all numbers are of one device."""
 
-    config: Config
+    config: Config | FinetuneConfig
     target: Target
     mesh: dict[str, int]
     devices: list[Any]
@@ -37,6 +38,11 @@ class CompiledStep:
     collectives: list[hlo.Collective]
     unknown: tuple[str, ...]
     """What could not be read off, in sentences."""
+
+    @property
+    def run(self) -> Config:
+        """The run of pretraining whose steps have the same shapes."""
+        return as_pretraining(self.config)
 
     @property
     def memory_bytes(self) -> int:
@@ -52,7 +58,33 @@ class OutOfMemory(Exception):
         self.memory_bytes = memory_bytes
 
 
-def check(config: Config, target: Target) -> None:
+def as_pretraining(config: Config | FinetuneConfig) -> Config:
+    """A run of pretraining with rows as many and as long as the longest of a fine-tuning's steps."""
+    if isinstance(config, Config):
+        return config
+    train = config.train
+    return Config(
+        model=dataclasses.replace(config.model, n_positions=_row_tokens(config)),
+        optimizer=OptimizerConfig(warmup_steps=0),
+        mesh=config.mesh,
+        train=TrainConfig(
+            steps=max(1, train.steps),
+            global_batch_size=train.global_batch_size * _choices(config),
+            gradient_accumulation_steps=train.gradient_accumulation_steps,
+        ),
+    )
+
+
+def _row_tokens(config: FinetuneConfig) -> int:
+    return min(config.model.n_positions, -(-config.task.longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+
+
+def _choices(config: FinetuneConfig) -> int:
+    """Rows of an example; questions of multiple choice mostly have four."""
+    return 4 if config.task.name in MULTIPLE_CHOICE else 1
+
+
+def check(config: Config | FinetuneConfig, target: Target) -> None:
     """Refuses what cannot be compiled, before anything is.
 
     Raises:
@@ -77,7 +109,7 @@ def check(config: Config, target: Target) -> None:
         )
 
 
-def compile_step(config: Config, target: Target) -> CompiledStep:
+def compile_step(config: Config | FinetuneConfig, target: Target) -> CompiledStep:
     """Compiles a training step.
 
     Raises:
@@ -93,15 +125,34 @@ def compile_step(config: Config, target: Target) -> CompiledStep:
     return compile_on(config, target, mesh)
 
 
-def compile_on(config: Config, target: Target, mesh: Any) -> CompiledStep:
+def _program(config: Config | FinetuneConfig, mesh: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The compiled step of a run, and the shapes of what it takes."""
+    rows, as_shape = sharding.batch_sharding(mesh), jax.ShapeDtypeStruct
+    if isinstance(config, Config):
+        state = jax.eval_shape(functools.partial(step.init_state, config))
+        shape = (config.train.global_batch_size, config.model.n_positions)
+        dtypes = (jnp.int32, bool, jnp.int32) if config.data.document_attention else (jnp.int32, bool)
+        batch: Any = step.Batch(*(as_shape(shape, dtype) for dtype in dtypes))  # type: ignore[arg-type]
+        return step.jit_train_step(config, sharding.tree_shardings(mesh, state), rows), (state, batch)
+    trained, frozen = adaptation.abstract_start(config)
+    state = jax.eval_shape(functools.partial(step.init_state, config), trained)
+    size, choices, seq = config.train.global_batch_size, _choices(config), _row_tokens(config)
+    if adaptation.scores_per_row(config):
+        tokens, lengths = as_shape((size, choices, seq), jnp.int32), as_shape((size, choices), jnp.int32)
+        labels, weights = as_shape((size,), jnp.int32), as_shape((size,), jnp.float32)
+        batch = heads.Questions(tokens, lengths, labels, weights)  # type: ignore[arg-type]
+    else:
+        batch = step.Batch(as_shape((size, seq), jnp.int32), as_shape((size, seq), bool))  # type: ignore[arg-type]
+    shardings = sharding.tree_shardings(mesh, state), sharding.tree_shardings(mesh, frozen) if frozen else None
+    jitted = step.jit_train_step(config, shardings[0], rows, adaptation.objective(config), shardings[1])
+    return jitted, (state, batch, *((frozen,) if frozen else ()))
+
+
+def compile_on(config: Config | FinetuneConfig, target: Target, mesh: Any) -> CompiledStep:
     """`compile_step` for a mesh that is there already."""
-    state = jax.eval_shape(functools.partial(step.init_state, config))
-    shape = (config.train.global_batch_size, config.model.n_positions)
-    dtypes = (jnp.int32, bool, jnp.int32) if config.data.document_attention else (jnp.int32, bool)
-    batch: Any = step.Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in dtypes))  # type: ignore[arg-type]
-    jitted = step.jit_train_step(config, sharding.tree_shardings(mesh, state), sharding.batch_sharding(mesh))
+    jitted, arguments = _program(config, mesh)
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
-        traced = jitted.trace(state, batch)
+        traced = jitted.trace(*arguments)
         products = flops.products(traced.jaxpr.jaxpr, mesh.size)
         try:
             compiled = traced.lower().compile(compiler_options={"xla_dump_to": folder})
@@ -126,7 +177,7 @@ def compile_on(config: Config, target: Target, mesh: Any) -> CompiledStep:
         target=target,
         mesh=dict(mesh.shape),
         devices=list(mesh.devices.flat),
-        memory=memory.parts(stats, dump, config, mesh.shape["fsdp"], mesh.size),
+        memory=memory.parts(stats, dump, as_pretraining(config), mesh.shape["fsdp"], mesh.size),
         products=products,
         accesses=accesses,
         collectives=collectives,

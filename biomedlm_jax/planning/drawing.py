@@ -23,7 +23,7 @@ def draw(plan: Plan, path: str | Path) -> None:
     with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(11, 6.2), layout="constrained")
         top, bottom = figure.subplots(2, 1, height_ratios=(1, 1.7))
-        compiled, model = plan.compiled, plan.compiled.config.model
+        compiled, model = plan.compiled, plan.compiled.run.model
         figure.suptitle(
             f"{compiled.target}: {sequences_per_device(compiled)} x {model.n_positions:,} tokens at once on a device, "
             f"remat {model.remat}",

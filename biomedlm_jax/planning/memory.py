@@ -113,7 +113,7 @@ class _Buffers:
                 size = int(found[2])
             elif found := re.match(r" value: <\d+ (\S+)(?: \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (.*)", line):
                 name = found[1]
-                if argument and "state" in (op_name := self._op_name(name)):
+                if argument and re.search("state|frozen", op_name := self._op_name(name)):
                     self.arguments.append((op_name, size))
                     argument = False
                 if temporary and (shapes := hlo.shapes(found[4])) and not found[4].startswith("("):
@@ -152,7 +152,7 @@ class _Buffers:
 def _argument_part(op_name: str) -> str:
     if "opt_state" in op_name:
         return "moments"
-    return "parameters" if "params" in op_name else "gaps, batch, code"
+    return "parameters" if re.search("params|frozen", op_name) else "gaps, batch, code"
 
 
 def _free(taken: list[tuple[int, int]], start: int, end: int) -> int:

@@ -4,6 +4,7 @@ import dataclasses
 import textwrap
 from typing import Any
 
+from biomedlm_jax.finetune_config import FinetuneConfig
 from biomedlm_jax.hlo import Collective
 from biomedlm_jax.model import flops_per_token
 from biomedlm_jax.planning import roofline
@@ -57,7 +58,7 @@ class Plan:
     @property
     def tokens_per_step(self) -> int:
         """Over all devices."""
-        return self.compiled.config.train.global_batch_size * self.compiled.config.model.n_positions
+        return self.compiled.run.train.global_batch_size * self.compiled.run.model.n_positions
 
     @property
     def tokens_per_second(self) -> float:
@@ -67,7 +68,7 @@ class Plan:
     @property
     def model_flops(self) -> float:
         """Of a step on all devices, 6 N + 12 L d T a token."""
-        return self.tokens_per_step * flops_per_token(self.compiled.config.model)
+        return self.tokens_per_step * flops_per_token(self.compiled.run.model)
 
     @property
     def hardware_flops(self) -> float:
@@ -84,7 +85,7 @@ class Plan:
     @property
     def days(self) -> float:
         """For `train.steps`, without evaluations, checkpoints and failures."""
-        return self.compiled.config.train.steps * self.time.seconds / 86_400
+        return self.compiled.run.train.steps * self.time.seconds / 86_400
 
     @property
     def device_hours(self) -> float:
@@ -99,7 +100,7 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """All of it for JSON; bytes, seconds, FLOPs."""
-        compiled, model, train = self.compiled, self.compiled.config.model, self.compiled.config.train
+        compiled, model, train = self.compiled, self.compiled.run.model, self.compiled.run.train
         return {
             "target": str(compiled.target),
             "device": compiled.target.chip.kind,
@@ -108,7 +109,7 @@ class Plan:
             "settings": {
                 "remat": model.remat,
                 "unroll": model.unroll,
-                "loss_chunk": train.loss_chunk,
+                "loss_chunk": compiled.config.train.loss_chunk,
                 "global_batch_size": train.global_batch_size,
                 "gradient_accumulation_steps": train.gradient_accumulation_steps,
                 "sequences_per_device": sequences_per_device(compiled),
@@ -148,7 +149,7 @@ def memory_limit(target: Target) -> int:
 
 def sequences_per_device(compiled: CompiledStep) -> int:
     """Rows that a device computes at once."""
-    train = compiled.config.train
+    train = compiled.run.train
     return train.global_batch_size // train.gradient_accumulation_steps // compiled.target.size
 
 
@@ -200,14 +201,15 @@ def as_text(plan: Plan) -> str:
 
 
 def _head(plan: Plan) -> list[str]:
-    compiled, model, train = plan.compiled, plan.compiled.config.model, plan.compiled.config.train
+    compiled, model, train = plan.compiled, plan.compiled.run.model, plan.compiled.run.train
     rows, parts = sequences_per_device(compiled), train.gradient_accumulation_steps
     return [
         f"{compiled.target}: {compiled.target.size:,} x {compiled.target.chip.kind}, mesh "
         + " x ".join(f"{name} {size}" for name, size in compiled.mesh.items()),
         f"a step: {train.global_batch_size:,} sequences of {model.n_positions:,} tokens"
         + (f" in {parts} parts" if parts > 1 else "")
-        + f", {rows} at once on a device; remat {model.remat}, unroll {model.unroll}, loss_chunk {train.loss_chunk}",
+        + f", {rows} at once on a device; remat {model.remat}, unroll {model.unroll}, "
+        f"loss_chunk {compiled.config.train.loss_chunk}",
     ]
 
 
@@ -290,7 +292,14 @@ def _links(plan: Plan) -> str:
 
 
 def _run(plan: Plan) -> list[str]:
-    steps, chip = plan.compiled.config.train.steps, plan.compiled.target.chip
+    steps, chip, config = plan.compiled.run.train.steps, plan.compiled.target.chip, plan.compiled.config
+    if isinstance(config, FinetuneConfig) and not config.train.steps:
+        # How many steps there are, the examples decide, which are not read here.
+        rate = config.train.global_batch_size / plan.time.seconds
+        return [
+            f"{rate:,.1f} examples/s of the longest rows, {plan.mfu:.1%} MFU: an epoch of 10,000 examples takes "
+            f"{10_000 / rate / 60:,.0f} minutes at most"
+        ]
     lines = [
         f"{plan.tokens_per_second:,.0f} tokens/s, {plan.mfu:.1%} MFU",
         f"{steps:,} steps, {steps * plan.tokens_per_step / 1e9:,.0f}e9 tokens: {plan.days:.2f} days, "

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from biomedlm_jax.config import Config
 from biomedlm_jax.errors import UserError
+from biomedlm_jax.finetune_config import LENGTH_MULTIPLE, FinetuneConfig
 from biomedlm_jax.planning import report
 from biomedlm_jax.planning.compiled import CompiledStep, OutOfMemory, check, compile_step
 from biomedlm_jax.planning.report import Plan
@@ -46,10 +47,12 @@ class Setting:
         """A guess at how much slower it makes a step, for the order of what is tried."""
         return (0, 1, 4)[self.remat] + 1.5 * self.halvings + 0.5 * self.chunked
 
-    def apply(self, config: Config, target: Target) -> Config:
+    def apply(self, config: Config | FinetuneConfig, target: Target) -> Config | FinetuneConfig:
         """The configuration with this setting."""
-        train, positions = config.train, config.model.n_positions
-        chunk = train.loss_chunk or (_CHUNK if positions % _CHUNK == 0 else positions)
+        train: Any = config.train
+        most = LENGTH_MULTIPLE if isinstance(config, FinetuneConfig) else _CHUNK
+        positions = config.model.n_positions
+        chunk = train.loss_chunk or (most if positions % most == 0 else positions)
         return dataclasses.replace(
             config,
             model=dataclasses.replace(config.model, remat=_REMAT[self.remat], unroll=self.unroll),
@@ -60,7 +63,7 @@ class Setting:
         )
 
 
-def setting_of(config: Config, target: Target) -> Setting:
+def setting_of(config: Config | FinetuneConfig, target: Target) -> Setting:
     """The setting of a configuration."""
     halvings = config.train.gradient_accumulation_steps.bit_length() - 1
     return Setting(
@@ -72,7 +75,7 @@ def setting_of(config: Config, target: Target) -> Setting:
     )
 
 
-def changes(before: Config, after: Config) -> str:
+def changes(before: Config | FinetuneConfig, after: Config | FinetuneConfig) -> str:
     """The options of the command line that turn one configuration into the other."""
     found = []
     for group in ("model", "train", "mesh"):
@@ -83,11 +86,11 @@ def changes(before: Config, after: Config) -> str:
     return " ".join(found)
 
 
-Compile = Callable[[Config, Target], CompiledStep]
+Compile = Callable[[Config | FinetuneConfig, Target], CompiledStep]
 
 
 def nearest_fit(
-    config: Config, target: Target, compiled: CompiledStep | None, compile_one: Compile = compile_step
+    config: Config | FinetuneConfig, target: Target, compiled: CompiledStep | None, compile_one: Compile = compile_step
 ) -> Plan | None:
     """The plan of the first setting that fits, tried from what costs least time to what costs most; None if none does.
 
@@ -140,7 +143,7 @@ def _hopeless(setting: Setting, start: Setting, compiled: CompiledStep | None, t
     return others + activations / 2 ** (setting.halvings - start.halvings) > limit
 
 
-def _applied(setting: Setting, config: Config, target: Target) -> Config | None:
+def _applied(setting: Setting, config: Config | FinetuneConfig, target: Target) -> Config | FinetuneConfig | None:
     """The configuration with a setting; None if it does not divide."""
     try:
         applied = setting.apply(config, target)
@@ -150,7 +153,7 @@ def _applied(setting: Setting, config: Config, target: Target) -> Config | None:
     return applied if config.model.n_embd % setting.fsdp == 0 else None
 
 
-def _try(config: Config, target: Target, compile_one: Compile) -> Plan | None:
+def _try(config: Config | FinetuneConfig, target: Target, compile_one: Compile) -> Plan | None:
     train, model = config.train, config.model
     rows = train.global_batch_size // train.gradient_accumulation_steps // target.size
     label = (
@@ -168,7 +171,7 @@ def _try(config: Config, target: Target, compile_one: Compile) -> Plan | None:
     return plan
 
 
-def search(config: Config, target: Target, compile_one: Compile = compile_step) -> list[Plan]:
+def search(config: Config | FinetuneConfig, target: Target, compile_one: Compile = compile_step) -> list[Plan]:
     """The plans of all that fits of recomputation x sequences at once x replicas x unrolling, the fastest first.
 
     Of each combination of the others only the most sequences at once that fit are kept: fewer are slower.
@@ -196,7 +199,7 @@ def _sensible_replicas(target: Target) -> int:
     return target.dims[0] if target.chip.platform == "gpu" else max(1, target.size // 32)
 
 
-def search_table(config: Config, plans: list[Plan]) -> Iterator[str]:
+def search_table(config: Config | FinetuneConfig, plans: list[Plan]) -> Iterator[str]:
     """The found settings for a terminal."""
     yield f"{'':4}{'step ms':>9}{'MFU':>7}{'days':>8}{'GB':>7}  {'limit':10} settings"
     for rank, plan in enumerate(plans, 1):
@@ -207,6 +210,6 @@ def search_table(config: Config, plans: list[Plan]) -> Iterator[str]:
         )
 
 
-def as_dicts(config: Config, plans: list[Plan]) -> list[dict[str, Any]]:
+def as_dicts(config: Config | FinetuneConfig, plans: list[Plan]) -> list[dict[str, Any]]:
     """The found settings for JSON."""
     return [{"options": changes(config, plan.compiled.config)} | plan.as_dict() for plan in plans]
