@@ -25,6 +25,12 @@ from biomedlm_jax.tasks import Classification, Example, Generation, MultipleChoi
 from biomedlm_jax.tokenizer import Tokenizer
 
 
+def padded_length(longest: int, most: int) -> int:
+    """How long rows of a batch are made: powers of two up to 128, then multiples of it, so that few are compiled."""
+    whole = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    return min(most, whole if longest > LENGTH_MULTIPLE else max(16, 1 << (longest - 1).bit_length()))
+
+
 @dataclasses.dataclass(frozen=True)
 class Encoded:
     """Examples as token ids.
@@ -78,7 +84,8 @@ class Encoded:
         chosen = [self.rows[index] for index in indices]
         choices = max(map(len, self.rows))
         longest = max(len(row) for rows in chosen for row in rows)
-        seq = min(self.n_positions, -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+        # A loss in chunks needs whole ones.
+        seq = padded_length(max(longest, LENGTH_MULTIPLE) if self.is_generation else longest, self.n_positions)
         tokens = np.zeros((size, choices, seq), np.int32)
         lengths = np.zeros((size, choices), np.int32)
         # Examples that fill up have their choices: a softmax over none has no gradient that is a number.

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from biomedlm_jax import adaptation, decoding, encoding, generation, heads, likelihood, load, scoring, sharding
-from biomedlm_jax import model as model_lib
-from biomedlm_jax.config import Config, MeshConfig
+from biomedlm_jax.config import Config
 from biomedlm_jax.errors import UserError
 from biomedlm_jax.finetune_config import FinetuneConfig, Name
 from biomedlm_jax.generation_config import GenerationConfig
@@ -47,20 +45,6 @@ class Shots:
     examples: Sequence[Example] = ()
     choices: Choices = "texts"
     rule: str = "length"
-
-
-def make_mesh(config: Any) -> Any:
-    """All devices, with the model sharded over as many as divide its width."""
-    devices = jax.device_count()
-    fsdp = math.gcd(devices, config.n_embd)
-    return sharding.make_mesh(MeshConfig(replica=devices // fsdp, fsdp=fsdp))
-
-
-def load_on_mesh(path: str | Path, step: int | None, mesh: Any) -> Any:
-    """The parameters of a folder, sharded over a mesh."""
-    config = load.read_config(path)
-    abstract = jax.eval_shape(lambda: model_lib.init_params(config, 0))
-    return load.load_params(path, step, sharding.tree_shardings(mesh, abstract))
 
 
 def evaluate(
@@ -106,7 +90,7 @@ def _by_head(
             f"{path} has a head for {tuned.task.name}{_labels(tuned.task.name)}, and {name}{_labels(name)} needs "
             f"another: fine-tune the model on {name}"
         )
-    mesh = make_mesh(asked.model)
+    mesh = load.make_mesh(asked.model)
     encoded = encoding.encode(asked, load.load_tokenizer(path), examples)
     logger.info("%s", encoded.description(asked))
     # A question of multiple choice is a row for each choice.
@@ -119,7 +103,7 @@ def _by_head(
         disable=None,
     )
     with jax.set_mesh(mesh):
-        params = load_on_mesh(path, step, mesh)
+        params = load.load_on_mesh(path, step, mesh)
         found = scoring.gather(heads.jit_scores(asked, mesh), params, batches, len(encoded))
     return _answered(path, name, examples, found, {"answered_by": "head", "cut": encoded.cut})
 
@@ -139,9 +123,9 @@ def _by_likelihood(
             raise UserError(f"the shot {shot.id} has no answer to be shown")
         shown.append((likelihood.make_prompt(name, shot, shots.choices), label))
     prompts = [likelihood.with_shots(prompt, shown) for prompt in prompts]
-    mesh = make_mesh(config.model)
+    mesh = load.make_mesh(config.model)
     with jax.set_mesh(mesh):
-        params = load_on_mesh(path, step, mesh)
+        params = load.load_on_mesh(path, step, mesh)
         scorer = likelihood.Scorer(config, mesh, params, load.load_tokenizer(path), batch_size * mesh.size)
         by_rule = likelihood.scores(scorer, prompts)
     if scorer.cut:
@@ -218,22 +202,22 @@ def _by_writing(
 ) -> Evaluation:
     if any(example.target is not None for example in examples):  # type: ignore[union-attr]
         scoring.import_rouge()  # hours before it is needed
-    model = load.load_model(path, step)
-    tokenizer = model.tokenizer
-    most_source = tuned.task.max_source_length if tuned else model.config.n_positions
+    load.check_language_model(path)
+    model, tokenizer = load.read_config(path), load.load_tokenizer(path)
+    most_source = tuned.task.max_source_length if tuned else model.n_positions
     new_tokens = new_tokens or (tuned.task.max_target_length + 1 if tuned else 100)
     config = dataclasses.replace(TEXT_GENERATION, max_new_tokens=new_tokens)
     start = list(encoding.added_ids(tuned, tokenizer).values()) if tuned else []
     sources = tokenizer.encode_batch([example.source for example in examples])  # type: ignore[union-attr]
     cut = sum(len(ids) > most_source for ids in sources)
     prompts = [ids[:most_source] + start for ids in sources]
-    generation.check_prompts(model.config, config, prompts)
-    weights = decoding.lay_out(model.config, model.params)
+    generation.check_prompts(model, config, prompts)
+    weights = decoding.lay_out(model, load.load_on_mesh(path, step, load.make_mesh(model)))
     texts: list[str] = []
     with tqdm(total=len(prompts), desc="writing", unit=" texts", disable=None) as progress:
         for first in range(0, len(prompts), batch_size):
             batch = prompts[first : first + batch_size]
-            made = generation.generate(model.config, weights, batch, config, tokenizer.eos_id, first_id=first)
+            made = generation.generate(model, weights, batch, config, tokenizer.eos_id, first_id=first)
             texts += [tokenizer.decode([i for i in one.tokens if i < tokenizer.vocab_size]).strip() for one in made]
             progress.update(len(batch))
     targets = [example.target for example in examples]  # type: ignore[union-attr]

@@ -15,7 +15,7 @@ from biomedlm_jax.config import MeshConfig, ModelConfig, Paths, RunConfig, as_pa
 MULTIPLE_CHOICE = ("medqa", "medmcqa", "mmlu")
 CLASSIFICATION = ("pubmedqa", "bioasq")
 GENERATION = ("generation",)
-# Rows of a batch are as long as its longest one, rounded up to this, so that few programs are compiled.
+# Lengths of rows are rounded up to multiples of this, so that few programs are compiled.
 LENGTH_MULTIPLE = 128
 Name = Literal["medqa", "medmcqa", "mmlu", "pubmedqa", "bioasq", "generation"]
 

@@ -57,21 +57,24 @@ def _generate(args: argparse.Namespace, config: GenerationConfig) -> None:
         raise UserError(f"--batch-size must be at least 1, not {args.batch_size}")
     check_output("--output", args.output)
     texts = args.prompt or _read_prompts(args.prompt_file)
-    model = load.load_model(args.checkpoint, args.step, compute_dtype=args.dtype)
-    tokenizer = model.tokenizer
+    load.check_language_model(args.checkpoint)
+    model, tokenizer = load.read_config(args.checkpoint), load.load_tokenizer(args.checkpoint)
+    if args.dtype:
+        model = dataclasses.replace(model, compute_dtype=args.dtype)
     # To a model of documents apart, a text begins behind the end of another.
     start = [tokenizer.eos_id] if load.document_attention(args.checkpoint) else []
     # One that was fine-tuned to write from a source writes behind its end.
     tuned = load.read_task(args.checkpoint)
     end = list(encoding.added_ids(tuned, tokenizer).values()) if tuned else []
     prompts = [start + ids + end for ids in tokenizer.encode_batch(texts)]
-    generation.check_prompts(model.config, config, prompts)
-    weights = decoding.lay_out(model.config, model.params)
+    generation.check_prompts(model, config, prompts)
+    # Over all devices; where they are several, XLA slices activations as the weights are, and sums them.
+    weights = decoding.lay_out(model, load.load_on_mesh(args.checkpoint, args.step, load.make_mesh(model)))
     print(model_card.LIMITS, file=sys.stderr)
 
     if len(texts) == 1 and not args.output and config.num_beams == 1:
         shown = _Stream(tokenizer, texts[0])
-        generation.generate(model.config, weights, prompts, config, tokenizer.eos_id, on_tokens=shown)
+        generation.generate(model, weights, prompts, config, tokenizer.eos_id, on_tokens=shown)
         shown.end()
         return
     made = _continued(args, model, weights, tokenizer, texts, prompts, config)
@@ -94,7 +97,7 @@ def _continued(
     with tqdm(total=len(texts), desc="generating", unit=" prompts", disable=None) as progress:
         for start in range(0, len(texts), args.batch_size):
             batch = slice(start, start + args.batch_size)
-            made = generation.generate(model.config, weights, prompts[batch], config, tokenizer.eos_id, first_id=start)
+            made = generation.generate(model, weights, prompts[batch], config, tokenizer.eos_id, first_id=start)
             for text, result in zip(texts[batch], made, strict=True):
                 yield json.dumps(
                     {

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from biomedlm_jax import model as model_lib
 from biomedlm_jax import sharding, step
 from biomedlm_jax.config import Config
-from biomedlm_jax.finetune_config import LENGTH_MULTIPLE
+from biomedlm_jax.encoding import padded_length
 from biomedlm_jax.loss import head_logits
 from biomedlm_jax.model import Params
 from biomedlm_jax.tasks import LETTERS, TASKS, Classification, Example, MultipleChoice
@@ -137,7 +137,7 @@ class Scorer:
     def _batch(self, encoded: Sequence[tuple[list[int], int]]) -> Continuations:
         most = self._config.model.n_positions
         longest = min(most, max(len(tokens) - 1 for tokens, _ in encoded))
-        seq = min(most, -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+        seq = padded_length(longest, most)
         width = -(-max(count for _, count in encoded) // _TARGET_MULTIPLE) * _TARGET_MULTIPLE
         rows = np.zeros((self._batch_size, seq), np.int32)
         targets = np.zeros((self._batch_size, width), np.int32)

@@ -2,18 +2,20 @@
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
 from flax import traverse_util
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from biomedlm_jax import adaptation, checkpoint, huggingface, sharding
 from biomedlm_jax import model as model_lib
 from biomedlm_jax import tokenizer as tokenizer_lib
-from biomedlm_jax.config import Config, ModelConfig
+from biomedlm_jax.config import Config, MeshConfig, ModelConfig
 from biomedlm_jax.errors import UserError
 from biomedlm_jax.finetune_config import FinetuneConfig
 from biomedlm_jax.model import Params
@@ -129,17 +131,36 @@ def load_model(
       UserError: the folder is neither, or is damaged; see `checkpoint.find_step` and `huggingface.load_params`.
     """
     path = Path(path)
-    if (task := read_task(path)) and adaptation.scores_per_row(task):
-        raise UserError(
-            f"{path} was fine-tuned to answer {task.task.name} by a head, and predicts no words: ask it with "
-            f"python -m biomedlm_jax.evaluate --task {task.task.name}"
-        )
+    check_language_model(path)
     if compute_dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"compute_dtype must be float32 or bfloat16, not {compute_dtype}")
     config = read_config(path)
     if compute_dtype is not None:
         config = dataclasses.replace(config, compute_dtype=compute_dtype)
     return LanguageModel(config, load_params(path, step), _tokenizer_dir(path))
+
+
+def check_language_model(path: str | Path) -> None:
+    """Raises: UserError: a folder's model has a head that answers questions instead of predicting words."""
+    if (task := read_task(path)) and adaptation.scores_per_row(task):
+        raise UserError(
+            f"{path} was fine-tuned to answer {task.task.name} by a head, and predicts no words: ask it with "
+            f"python -m biomedlm_jax.evaluate --task {task.task.name}"
+        )
+
+
+def make_mesh(config: ModelConfig) -> Mesh:
+    """All devices, with the model sharded over as many as divide its width."""
+    devices = jax.device_count()
+    fsdp = math.gcd(devices, config.n_embd)
+    return sharding.make_mesh(MeshConfig(replica=devices // fsdp, fsdp=fsdp))
+
+
+def load_on_mesh(path: str | Path, step: int | None, mesh: Mesh) -> Params:
+    """`load_params`, sharded over a mesh as in training."""
+    config = read_config(path)
+    abstract = jax.eval_shape(lambda: model_lib.init_params(config, 0))
+    return load_params(path, step, sharding.tree_shardings(mesh, abstract))
 
 
 def read_config(path: str | Path) -> ModelConfig:

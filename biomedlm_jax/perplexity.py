@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from biomedlm_jax import corpus, data, evaluation, load, metrics, rows, sharding, step
+from biomedlm_jax import corpus, data, load, metrics, rows, sharding, step
 from biomedlm_jax.config import Config, DataConfig
 from biomedlm_jax.corpus import Document, ReadReport, Selection
 from biomedlm_jax.errors import UserError
@@ -48,8 +48,8 @@ def evaluate(
     report = ReadReport()
     by_source = _read(patterns, report, selection or Selection())
 
-    mesh = evaluation.make_mesh(config.model)
-    params = evaluation.load_on_mesh(path, step_number, mesh)
+    mesh = load.make_mesh(config.model)
+    params = load.load_on_mesh(path, step_number, mesh)
     eval_step, sharded = step.jit_eval_step(config, mesh), sharding.batch_sharding(mesh)
     size = batch_size * mesh.size
     sums: dict[str, dict[str, float]] = {}

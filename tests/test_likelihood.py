@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import questions
 
-from biomedlm_jax import evaluation, exporting, huggingface, likelihood, load, sharding, tokenizer
+from biomedlm_jax import exporting, huggingface, likelihood, load, sharding, tokenizer
 from biomedlm_jax.config import Config, MeshConfig
 from biomedlm_jax.tasks import Classification, MultipleChoice
 
@@ -34,7 +34,7 @@ def exported(tmp_path_factory):
 def make_scorer(folder, mesh):
     config = Config(model=load.read_config(folder))
     mesh = sharding.make_mesh(mesh, jax.devices()[: mesh.replica * mesh.fsdp])
-    params = evaluation.load_on_mesh(folder, None, mesh)
+    params = load.load_on_mesh(folder, None, mesh)
     return likelihood.Scorer(config, mesh, params, load.load_tokenizer(folder), 8), mesh
 
 
