@@ -39,31 +39,46 @@ def summary(lines: list[dict[str, Any]]) -> str:
     """The numbers of a run's first, best and last moments, as a small table."""
     trained = [line for line in lines if "train/loss" in line]
     evaluated = [line for line in lines if "eval/loss" in line]
-    text = [f"{'':16}{'step':>10}{'loss':>10}{'perplexity':>12}"]
+    # Of answers by a head, a fine-tuned model's.
+    answers = any("eval/accuracy" in line for line in evaluated)
+    text = [f"{'':16}{'step':>10}{'loss':>10}{'accuracy' if answers else 'perplexity':>12}"]
 
     def row(label: str, line: dict[str, Any], key: str) -> None:
-        text.append(f"{label:16}{line['step']:>10,}{line[key]:>10.4f}{metrics.perplexity(line[key]):>12.2f}")
+        perplexity = f"{metrics.perplexity(line[key]):>12.2f}"
+        accuracy = f"{line['eval/accuracy']:>12.1%}" if "eval/accuracy" in line else ""
+        text.append(f"{label:16}{line['step']:>10,}{line[key]:>10.4f}{accuracy if answers else perplexity}")
 
     row("training, first", trained[0], "train/loss")
     row("training, last", trained[-1], "train/loss")
     if evaluated:
         row("held out, first", evaluated[0], "eval/loss")
-        row("held out, best", min(evaluated, key=lambda line: line["eval/loss"]), "eval/loss")
+        best = min(evaluated, key=lambda line: (-line.get("eval/accuracy", 0), line["eval/loss"]))
+        row("held out, best", best, "eval/loss")
         row("held out, last", evaluated[-1], "eval/loss")
-    rates = sorted(line["perf/tokens_per_second"] for line in trained if line.get("perf/tokens_per_second"))
+    what, done = ("tokens", f"{trained[-1]['tokens']:,} tokens") if "tokens" in trained[-1] else ("examples", "")
+    done = done or f"{trained[-1]['epoch']:.1f} epochs"
+    key = f"perf/{what}_per_second"
+    rates = sorted(line[key] for line in trained if line.get(key))
     text.append(
-        f"{trained[-1]['tokens']:,} tokens" + (f", median {rates[len(rates) // 2]:,.0f} tokens/s" if rates else "")
+        done + (f", median {rates[len(rates) // 2]:,.{0 if what == 'tokens' else 1}f} {what}/s" if rates else "")
     )
     return "\n".join(text)
 
 
 def draw(lines: list[dict[str, Any]], title: str, output: Path) -> None:
-    """Writes a picture of the loss, the learning rate, the gradient's norm, and the throughput by step."""
+    """Writes a picture of the loss, the learning rate, the gradient's norm, and throughput or accuracy by step."""
+    answers = any("eval/accuracy" in line for line in lines)
     panels: tuple[tuple[str, dict[str, str | None], str], ...] = (
-        ("loss, nats a token", {"train/loss": "training", "eval/loss": "held out"}, "log"),
+        (
+            "loss, nats a question" if answers else "loss, nats a token",
+            {"train/loss": "training", "eval/loss": "held out"},
+            "log",
+        ),
         ("gradient norm, before clipping", {"train/grad_norm": None}, "log"),
         ("learning rate", {"train/learning_rate": None}, "linear"),
-        ("tokens per second", {"perf/tokens_per_second": None}, "linear"),
+        ("accuracy on the dev set", {"eval/accuracy": None}, "linear")
+        if answers
+        else ("tokens per second", {"perf/tokens_per_second": None}, "linear"),
     )
     figure = matplotlib.figure.Figure(figsize=(11, 7), layout="constrained")
     figure.suptitle(title)

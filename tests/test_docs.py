@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from biomedlm_jax import config
+from biomedlm_jax.finetune_config import FinetuneConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("*/README.md"))]
-GROUPS = "|".join(vars(config.Config()))
+GROUPS = "|".join(vars(config.Config()) | vars(FinetuneConfig()))
 # A function, and a mistake whose message is shown.
 NO_SETTINGS = {"optimizer.clip_by_known_norm", "train.stesp"}
 
@@ -22,4 +23,5 @@ def test_a_page_names_what_there_is(page):
         assert "://" in link or (page.parent / link).exists(), link
     settings = set(re.findall(rf"(?<![\w./])(?:--)?((?:{GROUPS})\.[a-z_0-9]+)\b(?![.(/])", text))
     modules = {name for name in settings if (ROOT / "biomedlm_jax" / name).exists()}
-    assert settings - modules - NO_SETTINGS <= set(config._setting_names())
+    known = {*config._setting_names(config.Config), *config._setting_names(FinetuneConfig)}
+    assert settings - modules - NO_SETTINGS <= known

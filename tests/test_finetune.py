@@ -13,7 +13,7 @@ import pytest
 import questions
 from flax import traverse_util
 
-from biomedlm_jax import checkpoint, evaluation, exporting, finetune, load, metrics, tokenizer
+from biomedlm_jax import checkpoint, evaluation, exporting, finetune, load, metrics, report, tokenizer
 from biomedlm_jax import config as config_lib
 from biomedlm_jax.config import ModelConfig, RunConfig
 from biomedlm_jax.errors import UserError
@@ -102,6 +102,16 @@ def test_a_run_keeps_its_best_and_its_newest_checkpoint(run):
     config = checkpoint.read_config(folder)
     assert config.train.steps == 6 and config.train.eval_every == 2
     assert config.model.vocab_size == WORDS + {"medmcqa": 3, "pubmedqa": 0, "generation": 1}[name]
+
+
+def test_a_run_is_reported(run, tmp_path):
+    folder, name, _ = run
+    lines = metrics.read_metrics(folder)
+    text = report.summary(lines)
+    assert "3.0 epochs" in text and "examples/s" in text
+    assert ("accuracy" in text) == (name != "generation")
+    report.draw(lines, name, tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_evaluate_repeats_the_dev_set(run, world):

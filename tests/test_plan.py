@@ -15,6 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from biomedlm_jax import hlo, model, sharding, targets
 from biomedlm_jax.config import MeshConfig
 from biomedlm_jax.errors import UserError
+from biomedlm_jax.finetune_config import FinetuneConfig, FinetuneTrainConfig, LoraConfig, TaskConfig
 from biomedlm_jax.planning import compiled as compiled_lib
 from biomedlm_jax.planning import drawing, flops, memory, report, roofline, search, traffic
 
@@ -122,9 +123,14 @@ def test_bandwidth_of_a_group():
 @pytest.fixture(scope="module")
 def compiled():
     """A small step on eight CPU devices, four of them to a copy of the model, as if they were GPUs."""
-    config = tiny.replace(
-        model={"remat": "matmuls"}, mesh={"replica": 2, "fsdp": 4}, train={"gradient_accumulation_steps": 2}
+    return compile_here(
+        tiny.replace(
+            model={"remat": "matmuls"}, mesh={"replica": 2, "fsdp": 4}, train={"gradient_accumulation_steps": 2}
+        )
     )
+
+
+def compile_here(config):
     mesh = sharding.make_mesh(config.mesh)
     enabled = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
@@ -144,6 +150,27 @@ def test_memory_by_parts(compiled):
     assert compiled.memory["moments"] == pytest.approx(2 * 4 * count / 4, rel=0.05)
     assert compiled.memory["workspace"] + compiled.memory["saved activations"] > 0
     assert compiled.unknown == ()
+
+
+@pytest.mark.parametrize("name", ["medqa", "pubmedqa", "generation"])
+def test_fine_tuning_is_planned_as_it_is_computed(name):
+    """Of LoRA, whose moments are few; weights are as many as ever."""
+    config = FinetuneConfig(
+        task=TaskConfig(name=name, max_length=64, max_source_length=30, max_target_length=30),
+        model=dataclasses.replace(tiny.CONFIG.model, n_positions=64, n_embd=128, attn_pdrop=0.1),
+        lora=LoraConfig(rank=4),
+        mesh=MeshConfig(2, 4),
+        train=FinetuneTrainConfig(global_batch_size=16),
+    )
+    compiled = compile_here(config)
+    count = model.param_count(config.model)
+    assert compiled.memory["parameters"] == pytest.approx(4 * count / 4, rel=0.2)
+    assert compiled.memory["moments"] < 0.3 * compiled.memory["parameters"]
+    plan = report.make_plan(compiled)
+    rows = 64 if name == "medqa" else 16
+    assert plan.tokens_per_step == rows * 64
+    text = report.as_text(plan)
+    assert f"a step: {rows} sequences of 64 tokens" in text and "an epoch of 10,000 examples takes" in text
 
 
 def test_memory_parts_sum_to_what_the_compiler_says():
@@ -495,6 +522,16 @@ def test_a_small_model_is_planned_with_the_real_compilers(target, tmp_path, subp
     phases = found["time"]["phases"]
     assert phases["backward"]["products"] > phases["forward"]["products"] > 0
     assert 0 < found["mfu"] < 1
+
+
+def test_fine_tuning_is_planned_with_a_real_compiler(subprocess_env):
+    require("a100-40gb")
+    args = ("--task.name", "pubmedqa", "--lora.rank", "8", "--model.attn_pdrop", "0", "--target", "a100-40gb:1x2")
+    result = plan_command(*SMALL, *args, "--json", env=subprocess_env)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["unknown"] == [] and found["settings"]["sequences_per_device"] == 8
+    assert found["memory"]["parts"]["moments"] < found["memory"]["parts"]["parameters"]
 
 
 @pytest.mark.slow
