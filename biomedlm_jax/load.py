@@ -175,6 +175,8 @@ def read_config(path: str | Path) -> ModelConfig:
         return dataclasses.replace(checkpoint.read_config(path).model, attention="auto")
     if (path / "config.json").is_file():
         return huggingface.read_config(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist: expected the folder of a run, or a Hugging Face folder")
     raise UserError(
         f"{path} is neither the folder of a run (it has no {checkpoint.CONFIG_FILE}) nor a Hugging "
         "Face folder (it has no config.json)"

@@ -9,6 +9,7 @@ from biomedlm_jax import checkpoint
 from biomedlm_jax import config as config_lib
 from biomedlm_jax.config import MeshConfig
 from biomedlm_jax.errors import UserError
+from biomedlm_jax.model import init_params
 
 
 def make_run(tmp_path, **train):
@@ -114,7 +115,8 @@ def test_other_shapes_and_damage_name_the_checkpoint(tmp_path):
     checkpointer.close()
     folder = checkpoint.checkpoint_folder(tmp_path) / "3" / "params"
     with pytest.raises(UserError, match=f"cannot read the checkpoint {folder}.*shape"):
-        checkpoint.restore_params(folder, tiny.replace(model={"n_embd": 64}).model)
+        larger = tiny.replace(model={"n_embd": 64}).model
+        checkpoint.restore_params(tmp_path, 3, jax.eval_shape(lambda: init_params(larger, 0)))
     largest = max(folder.rglob("d/*"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     with pytest.raises(UserError, match=f"cannot read the checkpoint {folder}"):
