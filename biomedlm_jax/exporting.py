@@ -85,7 +85,7 @@ def export(
     named = [(head.prefixed(tensor.name), tensor.shape) for tensor in all_tensors]
     size = sum(math.prod(tensor.shape) for tensor in all_tensors) * jnp.dtype(dtype).itemsize
     with new_folder(output) as folder, progress_of(f"writing {output}", size) as progress:
-        values = _read_all(all_tensors, arrays, dtype, progress)
+        values = _read_all(all_tensors, [name for name, _ in named], arrays, dtype, progress)
         files = weights.write_shards(
             folder,
             named,
@@ -205,15 +205,19 @@ def _open(run_dir: Path, step: int, config: Config | FinetuneConfig, head: _Head
 
 
 def _read_all(
-    all_tensors: list[Tensor], arrays: dict[str, tensorstore.TensorStore], dtype: Dtype, progress: tqdm
+    all_tensors: list[Tensor],
+    names: list[str],
+    arrays: dict[str, tensorstore.TensorStore],
+    dtype: Dtype,
+    progress: tqdm,
 ) -> Iterator[np.ndarray]:
-    for tensor in all_tensors:
+    for tensor, name in zip(all_tensors, names, strict=True):
         value = tensor.of(arrays).read().result()
         with np.errstate(over="ignore"):
             cast = value.astype(jnp.dtype(dtype))
         if not np.array_equal(np.isfinite(cast), np.isfinite(value)):
             raise UserError(
-                f"{tensor.name} has values up to {np.nanmax(np.abs(value)):g}, beyond the range of "
+                f"{name} has values up to {np.nanmax(np.abs(value)):g}, beyond the range of "
                 f"{dtype}: export another type"
             )
         progress.update(cast.nbytes)

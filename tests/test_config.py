@@ -110,7 +110,9 @@ def test_differences_name_what_makes_another_run():
     assert config_lib.differences(before, after) == ["model.n_layer was 32, is 4", "train.seed was 0, is 1"]
 
 
-@pytest.mark.parametrize("command", ["train", "prepare", "evaluate", "convert", "tokenizer", "report", "generate", "finetune"])
+@pytest.mark.parametrize(
+    "command", ["train", "prepare", "evaluate", "convert", "tokenizer", "report", "generate", "finetune"]
+)
 def test_help_answers_before_heavy_imports(command, subprocess_env):
     code = (
         "import runpy, sys\n"

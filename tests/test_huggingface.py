@@ -446,13 +446,14 @@ def test_an_export_is_complete_or_not_there(tmp_path, monkeypatch):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "thesis.txt").touch()
     with monkeypatch.context() as patch:
-        patch.setattr(huggingface, "_write_configs", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(exporting, "_write_configs", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             exporting.export(tmp_path / "run", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out", "out.partial", "run"]
     assert not list((tmp_path / "out").iterdir()) and (tmp_path / "out.partial" / "thesis.txt").exists()
     exporting.export(tmp_path / "hf" / ".." / "run", tmp_path / "hf" / ".." / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",
