@@ -7,12 +7,13 @@ Writes benchmarks/results/generate_<device>.json, and a chart beside it. For eac
 random prompts greedily by --new-tokens, of which none ends a text; each in a process of its own that holds its weights,
 in turns, --repeats times, and medians are taken. "prefill" is a call that makes one token, counted in tokens of
 the prompts; "decode" is what the others take more than it, counted in tokens made. Both sides are given as many calls
-as they like to warm up. The tokens must agree in float32. "of bandwidth" is the bytes of weights and cache that a
-decoded batch must read over the bytes that the maker says the memory gives in the time it took.
+as they like to warm up. The tokens should agree in float32. "of_bandwidth", on a known GPU: the bytes of weights and
+cache that a step of decoding must read, over what the memory gives in its time by the maker's word.
 """
 
 import argparse
 import functools
+import os
 import statistics
 import sys
 import time
@@ -22,6 +23,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import timing
+
+from biomedlm_jax import targets
 
 CONTESTANTS = ("ours", "transformers")
 
@@ -56,7 +59,7 @@ def ours(settings: Settings) -> Any:
     from biomedlm_jax.generation_config import GenerationConfig
 
     config = ModelConfig(**sizes(settings.small), compute_dtype="float32" if settings.small else "bfloat16")
-    # As jax.random.normal draws, but where the weights are needed: both sides get them from the same file.
+    # Both sides draw the same weights from the seed.
     params = jax.jit(lambda: model.init_params(config, settings.seed))()
     weights = jax.jit(functools.partial(decoding.lay_out, config))(params)
     del params
@@ -71,6 +74,7 @@ def ours(settings: Settings) -> Any:
 @functools.cache
 def transformers(settings: Settings) -> Any:
     """The same of transformers, with the same weights."""
+    import jax
     import torch
     from flax import traverse_util
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -79,9 +83,10 @@ def transformers(settings: Settings) -> Any:
     from biomedlm_jax.config import ModelConfig
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    made = GPT2LMHeadModel(GPT2Config(**sizes(settings.small), scale_attn_by_inverse_layer_idx=True)).eval()
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id"), 0)
+    made = GPT2LMHeadModel(GPT2Config(**sizes(settings.small), **ids, scale_attn_by_inverse_layer_idx=True)).eval()
     config = ModelConfig(**sizes(settings.small))
-    params = traverse_util.flatten_dict(model.init_params(config, settings.seed), sep="/")
+    params = traverse_util.flatten_dict(jax.jit(lambda: model.init_params(config, settings.seed))(), sep="/")
     state = made.transformer.state_dict()
     for tensor in huggingface.tensors(config):
         state[tensor.name].copy_(torch.from_numpy(np.array(tensor.of(params))))
@@ -125,6 +130,7 @@ def run(settings: Settings, repeats: int, out: Path, limit_s: float) -> dict[str
     device.close()
     report = timing.machine(kind) | {"protocol": settings._asdict() | {"repeats": repeats} | sizes(settings.small)}
     report["rows"] = []
+    bandwidth = next((chip.hbm_bandwidth for chip in targets.CHIPS.values() if chip.kind == kind), None)
     path = timing.report_file(out, "generate", kind)
     for batch in settings.batches:
         times: dict[str, dict[str, list[float]]] = {name: {"one": [], "all": []} for name in CONTESTANTS}
@@ -137,7 +143,7 @@ def run(settings: Settings, repeats: int, out: Path, limit_s: float) -> dict[str
                 tokens[name] = found.pop("tokens")
                 for what, values in found.items():
                     times[name][what] += values
-        report["rows"].append(row(settings, batch, times, tokens))
+        report["rows"].append(row(settings, batch, times, tokens, bandwidth))
         timing.write_report(path, report)
         print(line(report["rows"][-1]), file=sys.stderr, flush=True)
     for worker in workers.values():
@@ -145,7 +151,18 @@ def run(settings: Settings, repeats: int, out: Path, limit_s: float) -> dict[str
     return report
 
 
-def row(settings: Settings, batch: int, times: dict[str, Any], tokens: dict[str, Any]) -> dict[str, Any]:
+def step_bytes(settings: Settings, batch: int) -> float:
+    """What a step of decoding must read: all weights but the positions' once, and the cache at its mean length."""
+    size = sizes(settings.small)
+    width, layers, itemsize = size["n_embd"], size["n_layer"], 4 if settings.small else 2
+    weights = layers * 12 * width**2 + size["vocab_size"] * width
+    cache = 2 * layers * batch * width * (settings.prompt + settings.new / 2)
+    return itemsize * (weights + cache)
+
+
+def row(
+    settings: Settings, batch: int, times: dict[str, Any], tokens: dict[str, Any], bandwidth: float | None
+) -> dict[str, Any]:
     """Tokens a second of both, and their ratio: the median of those of turns side by side."""
     found: dict[str, Any] = {"batch": batch, "seconds": times}
     rates = {}
@@ -161,6 +178,10 @@ def row(settings: Settings, batch: int, times: dict[str, Any], tokens: dict[str,
         ratios = rates["ours"][what] / rates["transformers"][what]
         found[f"{what}_ratio"] = statistics.median(ratios)
         found[f"{what}_ratio_range"] = [min(ratios), max(ratios)]
+    found["of_bandwidth"] = {
+        name: bandwidth and step_bytes(settings, batch) * found[name]["decode"] / batch / bandwidth
+        for name in CONTESTANTS
+    }
     same = np.array(tokens["ours"]) == np.array(tokens["transformers"])
     return found | {"equal_tokens": float(same.mean())}
 
@@ -203,6 +224,8 @@ def main() -> None:
     add("--limit-s", type=float, default=300, help="seconds that one turn may take")
     add("--small", action="store_true", help="GPT-2 small in float32")
     args = parser.parse_args()
+    # Both sides hold their weights at once.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     batches = tuple(map(int, args.batches.split(",")))
     settings = Settings(args.prompt_tokens, args.new_tokens, batches, args.small)
     report = run(settings, args.repeats, args.out, args.limit_s)
