@@ -236,7 +236,7 @@ def _starting_state(
     base = None
     if latest is None or frozen:
         pretrained = jax.eval_shape(functools.partial(model.init_params, load.read_config(config.run.init_from), 0))
-        base = load.load_base(config, _shardings(mesh, pretrained))
+        base = load.start_from(config.run.init_from, config.model, _shardings(mesh, pretrained), but_words=True)
     if latest is None:
 
         def make(base: Any) -> tuple[Any, Any]:

@@ -238,21 +238,11 @@ def _load_finetuned(path: Path, config: FinetuneConfig, step: int | None, shardi
     if not adaptation.lora_of(config):
         return trained
     try:
-        base = load_base(config, shardings)
+        base = start_from(config.run.init_from, config.model, shardings, but_words=True)
     except UserError as error:
         raise UserError(f"{path} holds what LoRA trained beside the weights of run.init_from: {error}") from error
     finish = functools.partial(adaptation.finish, config)
     return jax.jit(finish, out_shardings=lie(jax.eval_shape(finish, trained, base)))(trained, base)
-
-
-def load_base(config: FinetuneConfig, shardings: Params | None = None) -> Params:
-    """The parameters that a fine-tuning run starts from, without a head that they may have had.
-
-    Raises:
-      UserError: see `start_from`.
-    """
-    params = start_from(config.run.init_from, config.model, shardings, but_words=True)
-    return {name: part for name, part in params.items() if name != "score"}
 
 
 def _place(array: np.ndarray, where: jax.sharding.Sharding | None) -> Array:
@@ -265,7 +255,7 @@ def _place(array: np.ndarray, where: jax.sharding.Sharding | None) -> Array:
 def start_from(
     path: str | Path, config: ModelConfig, shardings: Params | None = None, but_words: bool = False
 ) -> Params:
-    """The parameters in a folder for a model of another run, which must have the same architecture.
+    """The parameters in a folder, without a head, for a model of another run, which must have the same architecture.
 
     Args:
       but_words: whether the number of words may differ.
@@ -274,7 +264,8 @@ def start_from(
       UserError: names the first setting that differs; or see `load_model`.
     """
     check_architecture(path, config, but_words)
-    return load_params(path, shardings=shardings)
+    params = load_params(path, shardings=shardings)
+    return {name: part for name, part in params.items() if name != "score"}
 
 
 def check_architecture(path: str | Path, config: ModelConfig, but_words: bool = False) -> None:

@@ -42,6 +42,7 @@ def evaluate(
     Raises:
       UserError: the folder, its tokenizer or the text cannot be used.
     """
+    load.check_language_model(path)
     document_attention = load.document_attention(path)
     config = Config(model=load.read_config(path))
     tokenizer = load.load_tokenizer(path)

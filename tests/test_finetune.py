@@ -13,7 +13,7 @@ import pytest
 import questions
 from flax import traverse_util
 
-from biomedlm_jax import checkpoint, evaluation, exporting, finetune, load, metrics, report, tokenizer
+from biomedlm_jax import checkpoint, evaluation, exporting, finetune, load, metrics, perplexity, report, tokenizer
 from biomedlm_jax import config as config_lib
 from biomedlm_jax.config import ModelConfig, RunConfig
 from biomedlm_jax.errors import UserError
@@ -300,6 +300,8 @@ def test_heads_are_refused_where_they_do_not_fit(run, world, monkeypatch):
         evaluation.evaluate(folder, other, [str(world / f"{other}.dev.jsonl")])
     with pytest.raises(UserError, match=f"was fine-tuned to answer {name} by a head, and predicts no words"):
         load.load_model(folder)
+    with pytest.raises(UserError, match="predicts no words"):
+        perplexity.evaluate(folder, [str(world / f"{name}.dev.jsonl")])
     # To start from, only its weights count.
     monkeypatch.setattr(sys, "argv", ["finetune"])
     config = make_config(world, "generation", folder / "next", run={"init_from": str(folder)}, train={"steps": 1})
