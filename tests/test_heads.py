@@ -243,8 +243,17 @@ def test_a_run_equals_pytorch_with_its_optimizer_and_schedule(vocabulary, tmp_pa
     np.testing.assert_allclose(Run(config, params, MeshConfig(fsdp=1)).losses(encoded), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["medqa", "pubmedqa", "generation"])
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [
+        ("medqa", 4),
+        ("pubmedqa", 0),
+        *(
+            pytest.param(name, rank, marks=pytest.mark.slow)
+            for name, rank in (("medqa", 0), ("pubmedqa", 4), ("generation", 0), ("generation", 4))
+        ),
+    ],
+)
 def test_meshes_and_accumulation_change_no_loss(vocabulary, name, rank):
     config = make_config(name, lora=LoraConfig(rank=rank))
     examples = getattr(questions, {"medqa": "multiple_choice", "pubmedqa": "classification"}.get(name, name))(COUNT)

@@ -111,7 +111,7 @@ def test_the_contract_of_the_run_folder(straight, prepared):
     assert os.path.exists(f"{straight[1]}/tokenizer/tokenizer.model")
 
 
-@pytest.mark.parametrize("log_every", [1, 4])
+@pytest.mark.parametrize("log_every", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_killed_twice_and_resumed_is_equal_to_the_last_bit(straight, prepared, tmp_path, subprocess_env, log_every):
     config = make_config(prepared, tmp_path / "run", train={"log_every": log_every})
     for step in (8, 18):
@@ -126,7 +126,9 @@ def test_killed_twice_and_resumed_is_equal_to_the_last_bit(straight, prepared, t
     assert steps == sorted([0, *expected, 10, 20, 30])
 
 
-@pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, 7), (signal.SIGTERM, 10)])
+@pytest.mark.parametrize(
+    ("number", "step"), [pytest.param(signal.SIGINT, 7, marks=pytest.mark.slow), (signal.SIGTERM, 10)]
+)
 def test_a_signal_saves_the_step_and_the_command_goes_on(straight, prepared, tmp_path, subprocess_env, number, step):
     """Between checkpoints, and when an evaluation is due, which is then left out."""
     config = make_config(prepared, tmp_path / "run", train={"checkpoint_every": 1000})
