@@ -1,7 +1,6 @@
 """What fine-tuning makes of a pretrained model: new words, a head, and either all weights or LoRA's to be trained."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +46,8 @@ def with_new_parts(config: FinetuneConfig, params: Params) -> Params:
     if width := scores_per_row(config):
         parts.append(heads.init_head(config.model, width, config.train.seed))
     if lora := lora_of(config):
-        parts.append(_select(model_lib.init_params(config.model, config.train.seed, lora), lora=True))
+        flat = traverse_util.flatten_dict(model_lib.init_params(config.model, config.train.seed, lora))
+        parts.append(traverse_util.unflatten_dict({path: x for path, x in flat.items() if "lora" in path}))
     return combine(*parts)
 
 
@@ -55,12 +55,13 @@ def split(config: FinetuneConfig, params: Params) -> tuple[Params, Params]:
     """What is trained, and what is frozen; of LoRA the latter with matrices in the compute type."""
     if not lora_of(config):
         return params, {}
-    dtype = jnp.dtype(config.model.compute_dtype)
-    head = {name: part for name, part in params.items() if name == "score"}
-    frozen = _select({name: part for name, part in params.items() if name != "score"}, lora=False)
-    return combine(_select(params, lora=True), head), jax.tree_util.tree_map_with_path(
-        lambda path, x: x.astype(dtype) if path[-1].key in ("kernel", "embedding") else x, frozen
-    )
+    dtype, trained, frozen = jnp.dtype(config.model.compute_dtype), {}, {}
+    for path, x in traverse_util.flatten_dict(params).items():
+        if "lora" in path or "score" in path:
+            trained[path] = x
+        else:
+            frozen[path] = x.astype(dtype) if path[-1] in ("kernel", "embedding") else x
+    return traverse_util.unflatten_dict(trained), traverse_util.unflatten_dict(frozen)
 
 
 def start(config: FinetuneConfig, params: Params | None = None) -> tuple[Params, Params]:
@@ -85,8 +86,3 @@ def finish(config: FinetuneConfig, trained: Params, base: Params) -> Params:
 def abstract_start(config: FinetuneConfig) -> tuple[Params, Params]:
     """Shapes and types of what is trained and what is frozen."""
     return jax.eval_shape(functools.partial(start, config))
-
-
-def _select(params: Params, lora: bool) -> Params:
-    flat: dict[Any, Any] = traverse_util.flatten_dict(params)
-    return traverse_util.unflatten_dict({path: x for path, x in flat.items() if ("lora" in path) == lora})

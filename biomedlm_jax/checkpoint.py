@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import yaml
 
 from biomedlm_jax import config as config_lib
 from biomedlm_jax.config import Config
@@ -48,12 +47,7 @@ def read_config(run_dir: str | Path) -> Config | FinetuneConfig:
       UserError: see `config.load_config`.
     """
     path = Path(run_dir) / CONFIG_FILE
-    try:
-        groups = yaml.safe_load(path.read_bytes())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
-        groups = None  # to be explained by what follows
-    kind = FinetuneConfig if isinstance(groups, dict) and "task" in groups else Config
-    return config_lib.load_config(path, kind)
+    return config_lib.load_config(path, FinetuneConfig if config_lib.file_has_group("task", path) else Config)
 
 
 class _LatestAndBest:
@@ -200,9 +194,9 @@ def find_step(run_dir: str | Path, step: int | None = None) -> int:
     steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
     if not steps:
         raise UserError(f"{run_dir} has no checkpoint yet")
-    if step is not None and step not in steps:
-        raise UserError(f"{run_dir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
     if step is not None:
+        if step not in steps:
+            raise UserError(f"{run_dir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
         return step
     metadata = folder / str(steps[-1]) / "metadata"
     if isinstance(read_config(run_dir), FinetuneConfig) and metadata.is_dir():

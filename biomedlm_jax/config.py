@@ -40,6 +40,32 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+# What a setting must be, by the words that a message has for it.
+_BOUNDS: dict[str, Callable[[float], bool]] = {
+    "be at least 1": lambda value: value >= 1,
+    "be above 0": lambda value: value > 0,
+    "not be negative": lambda value: value >= 0,
+    "be in [0, 1)": lambda value: 0 <= value < 1,
+}
+
+
+def require_each(settings: Any, group: str, bound: str, *names: str) -> None:
+    """Raises: UserError: one of a group's settings is not what it must be."""
+    for name in names:
+        value = getattr(settings, name)
+        require(_BOUNDS[bound](value), f"{group}.{name} must {bound}, not {value}")
+
+
+def require_whole_parts(train: Any) -> None:
+    """Raises: UserError: a batch does not divide into the parts that it shall be computed in."""
+    size, parts = train.global_batch_size, train.gradient_accumulation_steps
+    require(
+        size % parts == 0,
+        f"train.gradient_accumulation_steps must divide train.global_batch_size: {size} / {parts} is not a whole "
+        "number",
+    )
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """GPT-2, with Hugging Face GPT-2's names."""
@@ -77,17 +103,16 @@ class ModelConfig:
     """Layers unrolled in a step of the scan over layers; n_layer unrolls all: slower to compile, faster on one GPU."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "unroll"):
-            require(getattr(self, name) >= 1, f"model.{name} must be at least 1, not {getattr(self, name)}")
+        require_each(
+            self, "model", "be at least 1", "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "unroll"
+        )
         require(self.n_positions >= 2, "model.n_positions must be at least 2: a row of one token predicts nothing")
-        for name in ("layer_norm_epsilon", "initializer_range"):
-            require(getattr(self, name) > 0, f"model.{name} must be above 0, not {getattr(self, name)}")
+        require_each(self, "model", "be above 0", "layer_norm_epsilon", "initializer_range")
         require(
             self.n_embd % self.n_head == 0,
             f"model.n_head must divide model.n_embd: {self.n_embd} / {self.n_head} is not a whole number",
         )
-        for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
-            require(0 <= getattr(self, name) < 1, f"model.{name} must be in [0, 1), not {getattr(self, name)}")
+        require_each(self, "model", "be in [0, 1)", "embd_pdrop", "attn_pdrop", "resid_pdrop")
         require(
             not self.attn_pdrop or self.attention in ("auto", "reference"),
             f"model.attention: {self.attention} has no dropout of attention probabilities (model.attn_pdrop: "
@@ -166,8 +191,7 @@ class DataConfig:
         require(
             0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction must be in [0, 1], not {self.max_bad_fraction}"
         )
-        for name in ("synthetic_documents", "synthetic_eval_documents", "reader_threads"):
-            require(getattr(self, name) >= 1, f"data.{name} must be at least 1, not {getattr(self, name)}")
+        require_each(self, "data", "be at least 1", "synthetic_documents", "synthetic_eval_documents", "reader_threads")
         for folder, weight in self.mixture.items():
             require(bool(folder.strip()), "data.mixture has a folder without a name")
             require(
@@ -198,12 +222,11 @@ class OptimizerConfig:
     """Largest global norm of the gradient; 0 never clips."""
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "eps"):
-            require(getattr(self, name) > 0, f"optimizer.{name} must be above 0, not {getattr(self, name)}")
-        for name in ("beta1", "beta2"):
-            require(0 <= getattr(self, name) < 1, f"optimizer.{name} must be in [0, 1), not {getattr(self, name)}")
-        for name in ("weight_decay", "warmup_steps", "final_fraction", "clip_norm"):
-            require(getattr(self, name) >= 0, f"optimizer.{name} must not be negative, not {getattr(self, name)}")
+        require_each(self, "optimizer", "be above 0", "learning_rate", "eps")
+        require_each(self, "optimizer", "be in [0, 1)", "beta1", "beta2")
+        require_each(
+            self, "optimizer", "not be negative", "weight_decay", "warmup_steps", "final_fraction", "clip_norm"
+        )
 
 
 @dataclass(frozen=True)
@@ -254,22 +277,19 @@ class TrainConfig:
     """Checkpoints at multiples of this many steps are kept forever; 0 keeps none beyond keep_last."""
 
     def __post_init__(self) -> None:
-        for name in (
+        require_each(
+            self,
+            "train",
+            "be at least 1",
             "steps",
             "global_batch_size",
             "gradient_accumulation_steps",
             "log_every",
             "checkpoint_every",
             "keep_last",
-        ):
-            require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("seed", "loss_chunk", "eval_every", "eval_batches", "keep_every"):
-            require(getattr(self, name) >= 0, f"train.{name} must not be negative, not {getattr(self, name)}")
-        require(
-            self.global_batch_size % self.gradient_accumulation_steps == 0,
-            f"train.gradient_accumulation_steps must divide train.global_batch_size: {self.global_batch_size} / "
-            f"{self.gradient_accumulation_steps} is not a whole number",
         )
+        require_each(self, "train", "not be negative", "seed", "loss_chunk", "eval_every", "eval_batches", "keep_every")
+        require_whole_parts(self)
 
 
 @dataclass(frozen=True)
@@ -447,12 +467,14 @@ def has_group(group: str, args: list[str] | None = None) -> bool:
     known, others = parser.parse_known_args(args)
     if any(other.startswith(f"--{group}.") for other in others):
         return True
-    for file in known.config:
-        # What is wrong with a file, `parse_args` says.
-        with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
-            groups = yaml.safe_load(Path(file).read_bytes())
-            if isinstance(groups, dict) and group in groups:
-                return True
+    return any(file_has_group(group, file) for file in known.config)
+
+
+def file_has_group(group: str, path: str | Path) -> bool:
+    """Whether a YAML file has settings of a group; not if it cannot be read, which `load_config` explains."""
+    with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
+        groups = yaml.safe_load(Path(path).read_bytes())
+        return isinstance(groups, dict) and group in groups
     return False
 
 

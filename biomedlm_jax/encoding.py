@@ -8,27 +8,34 @@ Source: https://github.com/stanford-crfm/BioMedLM/tree/main/finetune. A batch is
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import grain
-import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
 from biomedlm_jax.finetune_config import LENGTH_MULTIPLE, FinetuneConfig
 from biomedlm_jax.heads import Questions
+from biomedlm_jax.sharding import put
 from biomedlm_jax.step import Batch
 from biomedlm_jax.tasks import Classification, Example, Generation, MultipleChoice
 from biomedlm_jax.tokenizer import Tokenizer
 
 
-def padded_length(longest: int, most: int) -> int:
-    """How long rows of a batch are made: powers of two up to 128, then multiples of it, so that few are compiled."""
+def padded_length(longest: int, most: int, whole_chunks: bool = False) -> int:
+    """How long rows of a batch are made: powers of two up to 128, then multiples of it, so that few are compiled.
+
+    Args:
+      whole_chunks: only multiples of 128, for a loss in chunks.
+    """
     whole = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-    return min(most, whole if longest > LENGTH_MULTIPLE else max(16, 1 << (longest - 1).bit_length()))
+    if whole_chunks or longest > LENGTH_MULTIPLE:
+        return min(most, whole)
+    return min(most, max(16, 1 << (longest - 1).bit_length()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +65,11 @@ class Encoded:
         """Whether a batch is rows with tokens to be predicted, and not questions with answers."""
         return isinstance(self.examples[0], Generation)
 
+    @functools.cached_property
+    def choices(self) -> int:
+        """The most rows that an example has."""
+        return max(map(len, self.rows))
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 of rows and labels, in hexadecimal."""
@@ -82,12 +94,10 @@ class Encoded:
     def batch(self, indices: Sequence[int], size: int, sharding: NamedSharding) -> Questions | Batch:
         """Some examples, filled up to `size` with ones that do not count."""
         chosen = [self.rows[index] for index in indices]
-        choices = max(map(len, self.rows))
         longest = max(len(row) for rows in chosen for row in rows)
-        # A loss in chunks needs whole ones.
-        seq = padded_length(max(longest, LENGTH_MULTIPLE) if self.is_generation else longest, self.n_positions)
-        tokens = np.zeros((size, choices, seq), np.int32)
-        lengths = np.zeros((size, choices), np.int32)
+        seq = padded_length(longest, self.n_positions, whole_chunks=self.is_generation)
+        tokens = np.zeros((size, self.choices, seq), np.int32)
+        lengths = np.zeros((size, self.choices), np.int32)
         # Examples that fill up have their choices: a softmax over none has no gradient that is a number.
         lengths[len(indices) :] = 1
         labels = np.zeros(size, np.int32)
@@ -96,16 +106,12 @@ class Encoded:
             for choice, row in enumerate(rows):
                 tokens[place, choice, : len(row)] = row
                 lengths[place, choice] = len(row)
-
-        def put(array: np.ndarray) -> jax.Array:
-            return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
+        counts = np.arange(size) < len(indices)
         if self.is_generation:
             position = np.arange(seq)
-            is_target = (position >= labels[:, None]) & (position < lengths) & (np.arange(size) < len(indices))[:, None]
-            return Batch(put(tokens[:, 0]), put(is_target))
-        weights = (np.arange(size) < len(indices)).astype(np.float32)
-        return Questions(put(tokens), put(lengths), put(labels), put(weights))
+            is_target = (position >= labels[:, None]) & (position < lengths) & counts[:, None]
+            return Batch(put(tokens[:, 0], sharding), put(is_target, sharding))
+        return Questions(*(put(array, sharding) for array in (tokens, lengths, labels, counts.astype(np.float32))))
 
 
 def encode(config: FinetuneConfig, tokenizer: Tokenizer, examples: Sequence[Example]) -> Encoded:
@@ -122,6 +128,11 @@ def encode(config: FinetuneConfig, tokenizer: Tokenizer, examples: Sequence[Exam
 def added_ids(config: FinetuneConfig, tokenizer: Tokenizer) -> dict[str, int]:
     """The ids of the task's special tokens, which follow those of the tokenizer."""
     return {token: tokenizer.vocab_size + number for number, token in enumerate(config.added_tokens)}
+
+
+def prompt_end(config: FinetuneConfig | None, tokenizer: Tokenizer) -> list[int]:
+    """What stands behind a source of a language model that was fine-tuned to write from it; nothing of others."""
+    return list(added_ids(config, tokenizer).values()) if config else []
 
 
 def _choices(config: FinetuneConfig, tokenizer: Tokenizer, examples: Sequence[MultipleChoice]) -> Any:

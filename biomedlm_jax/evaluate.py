@@ -17,7 +17,7 @@ from biomedlm_jax.finetune_config import Name
 from biomedlm_jax.text_options import add_selection, selection
 
 with epy.lazy_imports():
-    from biomedlm_jax import evaluation, perplexity, tasks
+    from biomedlm_jax import evaluation, perplexity, scoring, tasks
 
 
 def main() -> None:
@@ -103,7 +103,7 @@ def _line(results: dict[str, Any]) -> str:
 
 
 def _evaluate_task(args: argparse.Namespace) -> None:
-    output = Path(args.output or Path(args.checkpoint) / "evaluations" / args.task)
+    output = Path(args.output or Path(args.checkpoint) / evaluation.FOLDER / args.task)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file: with --task it is a folder")
     evaluated = evaluation.evaluate(
@@ -117,7 +117,7 @@ def _evaluate_task(args: argparse.Namespace) -> None:
     )
     output.mkdir(parents=True, exist_ok=True)
     evaluation.write(evaluated, output)
-    print(_task_line(evaluated.results))
+    print(scoring.describe(evaluated.results))
     print(f"written to {output}: {evaluation.PREDICTIONS_FILE}, {evaluation.RESULTS_FILE}")
 
 
@@ -130,22 +130,6 @@ def _shots(args: argparse.Namespace) -> list[Any]:
     if len(examples) < args.shots:
         raise UserError(f"--shots {args.shots}: {' '.join(args.shots_data)} has {len(examples)} examples")
     return examples[: args.shots]
-
-
-def _task_line(results: dict[str, Any]) -> str:
-    text = f"{results['task']}: {results['examples']:,} examples answered by {results['answered_by']}"
-    if "accuracy" in results:
-        low, high = results["accuracy_95"]
-        majority = results["majority"]
-        text += (
-            f": accuracy {results['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}); always "
-            f"{majority['answer']}: {majority['accuracy']:.1%}"
-        )
-        if "macro_f1" in results:
-            text += f"; macro-F1 {results['macro_f1']:.3f}"
-    if "rouge1" in results:
-        text += f": ROUGE-1 {results['rouge1']:.3f}, ROUGE-2 {results['rouge2']:.3f}, ROUGE-L {results['rougeL']:.3f}"
-    return text
 
 
 if __name__ == "__main__":

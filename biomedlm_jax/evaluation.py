@@ -14,6 +14,7 @@ from tqdm import tqdm
 from biomedlm_jax import adaptation, decoding, encoding, generation, heads, likelihood, load, scoring, sharding
 from biomedlm_jax.config import Config
 from biomedlm_jax.errors import UserError
+from biomedlm_jax.files import replace_file
 from biomedlm_jax.finetune_config import FinetuneConfig, Name
 from biomedlm_jax.generation_config import GenerationConfig
 from biomedlm_jax.likelihood import Choices
@@ -21,6 +22,8 @@ from biomedlm_jax.tasks import LETTERS, TASKS, Classification, Example, Generati
 
 logger = logging.getLogger(__name__)
 
+# Inside the folder of the model: a folder for each task, with these.
+FOLDER = "evaluations"
 PREDICTIONS_FILE, RESULTS_FILE, PICTURE_FILE = "predictions.jsonl", "results.json", "calibration.png"
 
 # How BioMedLM's code writes texts: https://github.com/stanford-crfm/BioMedLM/tree/main/finetune/textgen
@@ -33,9 +36,8 @@ class Evaluation:
 
     predictions: list[dict[str, Any]]
     results: dict[str, Any]
-    scores: np.ndarray | None = None
-    """Of answers; None of texts."""
-    labels: Sequence[int | None] = ()
+    calibration: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+    """Of answers that are known, as `scoring.calibration` returns it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +136,7 @@ def _by_likelihood(
     about: dict[str, Any] = {"answered_by": "likelihood", "rule": shots.rule, "shots": len(shown), "cut": scorer.cut}
     if isinstance(examples[0], MultipleChoice):
         about["choices"] = shots.choices
-    known = [i for i, example in enumerate(examples) if _label(example) is not None]
-    labels = [label for example in examples if (label := _label(example)) is not None]
+    known, labels = _known(examples)
     if known:
         about["accuracy_by_rule"] = {rule: scoring.accuracy(found[known], labels) for rule, found in padded.items()}
     return _answered(path, name, examples, padded[shots.rule], about)
@@ -151,25 +152,32 @@ def _label(example: Example) -> int | None:
     return example.label
 
 
+def _known(examples: Sequence[Example]) -> tuple[list[int], np.ndarray]:
+    """Which examples tell their answers, and these."""
+    labels = [_label(example) for example in examples]
+    known = [i for i, label in enumerate(labels) if label is not None]
+    return known, np.array([labels[i] for i in known], int)
+
+
 def _answered(
     path: str | Path, name: str, examples: list[Example], scores: np.ndarray, about: dict[str, Any]
 ) -> Evaluation:
     names: Sequence[str] = TASKS[name].labels or LETTERS
-    labels = [_label(example) for example in examples]
     predictions = [
         {
             "id": example.id,
             "scores": {names[i]: float(score) for i, score in enumerate(row) if score > np.finfo(np.float32).min},
             "prediction": names[int(row.argmax())],
-            "gold": None if label is None else names[label],
+            "gold": None if (label := _label(example)) is None else names[label],
         }
-        for example, row, label in zip(examples, scores, labels, strict=True)
+        for example, row in zip(examples, scores, strict=True)
     ]
     results = {"task": name, "checkpoint": str(path), "examples": len(examples), **about}
-    known = np.array([label is not None for label in labels])
-    if known.any():
-        results |= summary(scores[known], np.array([label for label in labels if label is not None]), names, name)
-    return Evaluation(predictions, results, scores, labels)
+    known, labels = _known(examples)
+    if not known:
+        return Evaluation(predictions, results)
+    results |= summary(scores[known], labels, names, name)
+    return Evaluation(predictions, results, scoring.calibration(scores[known], labels))
 
 
 def summary(scores: np.ndarray, labels: np.ndarray, names: Sequence[str], name: str) -> dict[str, Any]:
@@ -207,19 +215,13 @@ def _by_writing(
     most_source = tuned.task.max_source_length if tuned else model.n_positions
     new_tokens = new_tokens or (tuned.task.max_target_length + 1 if tuned else 100)
     config = dataclasses.replace(TEXT_GENERATION, max_new_tokens=new_tokens)
-    start = list(encoding.added_ids(tuned, tokenizer).values()) if tuned else []
     sources = tokenizer.encode_batch([example.source for example in examples])  # type: ignore[union-attr]
     cut = sum(len(ids) > most_source for ids in sources)
-    prompts = [ids[:most_source] + start for ids in sources]
+    prompts = [ids[:most_source] + encoding.prompt_end(tuned, tokenizer) for ids in sources]
     generation.check_prompts(model, config, prompts)
     weights = decoding.lay_out(model, load.load_on_mesh(path, step, load.make_mesh(model)))
-    texts: list[str] = []
-    with tqdm(total=len(prompts), desc="writing", unit=" texts", disable=None) as progress:
-        for first in range(0, len(prompts), batch_size):
-            batch = prompts[first : first + batch_size]
-            made = generation.generate(model, weights, batch, config, tokenizer.eos_id, first_id=first)
-            texts += [tokenizer.decode([i for i in one.tokens if i < tokenizer.vocab_size]).strip() for one in made]
-            progress.update(len(batch))
+    made = generation.generate_all(model, weights, prompts, config, tokenizer.eos_id, batch_size)
+    texts = [generation.text_of(tokenizer, one.tokens).strip() for one in made]
     targets = [example.target for example in examples]  # type: ignore[union-attr]
     predictions = [
         {"id": example.id, "prediction": text, "gold": target}
@@ -240,21 +242,15 @@ def _by_writing(
 def write(evaluation: Evaluation, folder: Path) -> None:
     """Writes predictions, results, and a picture of calibration into a folder that is there."""
     lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in evaluation.predictions)
-    (folder / PREDICTIONS_FILE).write_text(lines, encoding="utf-8")
-    (folder / RESULTS_FILE).write_text(json.dumps(evaluation.results, indent=2) + "\n", encoding="utf-8")
-    if "calibration_error" in evaluation.results:
-        assert evaluation.scores is not None
-        _draw(evaluation, folder / PICTURE_FILE)
+    replace_file(folder / PREDICTIONS_FILE, lines.encode())
+    replace_file(folder / RESULTS_FILE, json.dumps(evaluation.results, indent=2).encode() + b"\n")
+    if evaluation.calibration:
+        _draw(evaluation.results, *evaluation.calibration, folder / PICTURE_FILE)
 
 
-def _draw(evaluation: Evaluation, path: Path) -> None:
+def _draw(results: dict[str, Any], confidence: np.ndarray, accuracy: np.ndarray, share: np.ndarray, path: Path) -> None:
     import matplotlib.figure
 
-    assert evaluation.scores is not None
-    known = [i for i, label in enumerate(evaluation.labels) if label is not None]
-    labels = [label for label in evaluation.labels if label is not None]
-    confidence, accuracy, share = scoring.calibration(evaluation.scores[known], labels)
-    results = evaluation.results
     figure = matplotlib.figure.Figure(figsize=(5, 5), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="gray", linewidth=0.8, label="as confident as right")

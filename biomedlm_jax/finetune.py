@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import logging
 import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +108,7 @@ def _finetune(config: FinetuneConfig, job: Any) -> int:
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(running.stop_signal(job))
         checkpointer = stack.enter_context(job.closing(checkpoint.Checkpointer(run_dir, config)))
-
-        def describe() -> None:
-            config_lib.save_config(config, run_dir / checkpoint.CONFIG_FILE)
-            tokenizer.save(run_dir / checkpoint.TOKENIZER_FOLDER)
-
-        job.first("describe the run", describe)
+        job.first("describe the run", functools.partial(running.describe, config, tokenizer))
         return _run(config, mesh, checkpointer, job, train_set, dev_set)
 
 
@@ -135,7 +129,11 @@ def _run(config: FinetuneConfig, mesh: Any, checkpointer: Any, job: Any, train_s
     rows = sharding.batch_sharding(mesh)
     objective = adaptation.objective(config)
     train_step = step.jit_train_step(
-        config, _shardings(mesh, state), rows, objective, _shardings(mesh, frozen) if frozen else None
+        config,
+        sharding.tree_shardings(mesh, state),
+        rows,
+        objective,
+        sharding.tree_shardings(mesh, frozen) if frozen else None,
     )
     evaluate = _Evaluator(config, mesh, dev_set, objective)
     size = config.train.global_batch_size
@@ -167,9 +165,7 @@ def _run(config: FinetuneConfig, mesh: Any, checkpointer: Any, job: Any, train_s
                 break
         checkpointer.wait()
     if stop:
-        name = signal.Signals(job.stop_signal).name
-        logger.info("stopped by %s: step %d is saved in %s; the same command goes on", name, done, config.run.dir)
-        return 128 + job.stop_signal
+        return running.stopped(job.stop_signal, done, config.run.dir)
     if job.index == 0:
         print(_summary(config, done, record, progress))
     return 0
@@ -232,11 +228,11 @@ def _starting_state(
     init_state = functools.partial(step.init_state, config)
     trained, frozen = adaptation.abstract_start(config)
     state = jax.eval_shape(init_state, trained)
-    state_shardings = _shardings(mesh, state)
+    state_shardings = sharding.tree_shardings(mesh, state)
     base = None
     if latest is None or frozen:
-        pretrained = jax.eval_shape(functools.partial(model.init_params, load.read_config(config.run.init_from), 0))
-        base = load.start_from(config.run.init_from, config.model, _shardings(mesh, pretrained), but_words=True)
+        there = load.mesh_shardings(config.run.init_from, mesh)
+        base = load.start_from(config.run.init_from, config.model, there, but_words=True)
     if latest is None:
 
         def make(base: Any) -> tuple[Any, Any]:
@@ -244,20 +240,18 @@ def _starting_state(
             return init_state(trained), frozen
 
         logger.info("weights: of %s", config.run.init_from)
-        return *jax.jit(make, out_shardings=(state_shardings, _shardings(mesh, frozen)))(base), _Progress()
+        return *jax.jit(make, out_shardings=(state_shardings, sharding.tree_shardings(mesh, frozen)))(base), _Progress()
     metadata = checkpointer.metadata(latest)
     running.check_identity(metadata.pop("data"), identity, config.run.dir)
     if frozen:
-        frozen = jax.jit(lambda base: adaptation.start(config, base)[1], out_shardings=_shardings(mesh, frozen))(base)
+        frozen = jax.jit(
+            lambda base: adaptation.start(config, base)[1], out_shardings=sharding.tree_shardings(mesh, frozen)
+        )(base)
     abstract = jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, state_shardings
     )
     logger.info("weights: going on from step %d of %s", latest, config.run.dir)
     return checkpointer.restore(latest, abstract), frozen, _Progress(**metadata)
-
-
-def _shardings(mesh: Any, tree: Any) -> Any:
-    return sharding.tree_shardings(mesh, tree)
 
 
 def _with_new_words(config: FinetuneConfig, tokenizer_words: int) -> FinetuneConfig:

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from biomedlm_jax.config import MeshConfig, ModelConfig, Paths, RunConfig, as_paths, require
+from biomedlm_jax.config import MeshConfig, ModelConfig, Paths, RunConfig, require, require_each, require_whole_parts
 
 MULTIPLE_CHOICE = ("medqa", "medmcqa", "mmlu")
 CLASSIFICATION = ("pubmedqa", "bioasq")
@@ -94,12 +94,9 @@ class FinetuneOptimizerConfig:
     """Largest global norm of the gradient; 0 never clips."""
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "eps"):
-            require(getattr(self, name) > 0, f"optimizer.{name} must be above 0, not {getattr(self, name)}")
-        for name in ("beta1", "beta2", "warmup_fraction"):
-            require(0 <= getattr(self, name) < 1, f"optimizer.{name} must be in [0, 1), not {getattr(self, name)}")
-        for name in ("weight_decay", "clip_norm"):
-            require(getattr(self, name) >= 0, f"optimizer.{name} must not be negative, not {getattr(self, name)}")
+        require_each(self, "optimizer", "be above 0", "learning_rate", "eps")
+        require_each(self, "optimizer", "be in [0, 1)", "beta1", "beta2", "warmup_fraction")
+        require_each(self, "optimizer", "not be negative", "weight_decay", "clip_norm")
 
 
 @dataclass(frozen=True)
@@ -126,15 +123,11 @@ class FinetuneTrainConfig:
     """Ends after so many evaluations in a row that were no better than the best one; 0 goes on to the end."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "global_batch_size", "gradient_accumulation_steps", "log_every"):
-            require(getattr(self, name) >= 1, f"train.{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("steps", "seed", "loss_chunk", "eval_every", "patience"):
-            require(getattr(self, name) >= 0, f"train.{name} must not be negative, not {getattr(self, name)}")
-        require(
-            self.global_batch_size % self.gradient_accumulation_steps == 0,
-            f"train.gradient_accumulation_steps must divide train.global_batch_size: {self.global_batch_size} / "
-            f"{self.gradient_accumulation_steps} is not a whole number",
+        require_each(
+            self, "train", "be at least 1", "epochs", "global_batch_size", "gradient_accumulation_steps", "log_every"
         )
+        require_each(self, "train", "not be negative", "steps", "seed", "loss_chunk", "eval_every", "patience")
+        require_whole_parts(self)
 
 
 # The dropout of BioMedLM's published configuration, which Hugging Face's trainer puts to use.
@@ -181,8 +174,3 @@ def resolve_steps(config: FinetuneConfig, examples: int) -> FinetuneConfig:
     steps = config.train.steps or config.train.epochs * per_epoch
     every = config.train.eval_every or per_epoch
     return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps, eval_every=every))
-
-
-def has_dev_set(config: FinetuneConfig) -> bool:
-    """Whether there is something to choose the best checkpoint by."""
-    return bool(as_paths(config.task.eval_files))

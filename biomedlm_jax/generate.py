@@ -7,12 +7,10 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from etils import epy
-from tqdm import tqdm
 
 from biomedlm_jax.errors import UserError, run_command
 from biomedlm_jax.files import check_output
@@ -65,7 +63,7 @@ def _generate(args: argparse.Namespace, config: GenerationConfig) -> None:
     start = [tokenizer.eos_id] if load.document_attention(args.checkpoint) else []
     # One that was fine-tuned to write from a source writes behind its end.
     tuned = load.read_task(args.checkpoint)
-    end = list(encoding.added_ids(tuned, tokenizer).values()) if tuned else []
+    end = encoding.prompt_end(tuned, tokenizer)
     prompts = [start + ids + end for ids in tokenizer.encode_batch(texts)]
     generation.check_prompts(model, config, prompts)
     # Over all devices; where they are several, XLA slices activations as the weights are, and sums them.
@@ -77,38 +75,25 @@ def _generate(args: argparse.Namespace, config: GenerationConfig) -> None:
         generation.generate(model, weights, prompts, config, tokenizer.eos_id, on_tokens=shown)
         shown.end()
         return
-    made = _continued(args, model, weights, tokenizer, texts, prompts, config)
+    made = generation.generate_all(model, weights, prompts, config, tokenizer.eos_id, args.batch_size)
+    lines = (_line(tokenizer, *pair) for pair in zip(texts, made, strict=True))
     if not args.output:
-        for line in made:
+        for line in lines:
             print(line, flush=True)
         return
     partial = Path(f"{args.output}.partial")
     with partial.open("w", encoding="utf-8") as file:
-        for line in made:
+        for line in lines:
             file.write(line + "\n")
             file.flush()
     partial.replace(args.output)
 
 
-def _continued(
-    args: argparse.Namespace, model: Any, weights: Any, tokenizer: Any, texts: list[str], prompts: Any, config: Any
-) -> Iterator[str]:
-    """A line of JSON for each prompt, in their order."""
-    with tqdm(total=len(texts), desc="generating", unit=" prompts", disable=None) as progress:
-        for start in range(0, len(texts), args.batch_size):
-            batch = slice(start, start + args.batch_size)
-            made = generation.generate(model, weights, prompts[batch], config, tokenizer.eos_id, first_id=start)
-            for text, result in zip(texts[batch], made, strict=True):
-                yield json.dumps(
-                    {
-                        "prompt": text,
-                        "text": _decode(tokenizer, result.tokens),
-                        "tokens": len(result.tokens),
-                        "ended": result.ended,
-                    },
-                    ensure_ascii=False,
-                )
-            progress.update(len(made))
+def _line(tokenizer: Any, prompt: str, made: Any) -> str:
+    """What was made of a prompt, as JSON."""
+    text = generation.text_of(tokenizer, made.tokens)
+    found = {"prompt": prompt, "text": text, "tokens": len(made.tokens), "ended": made.ended}
+    return json.dumps(found, ensure_ascii=False)
 
 
 def _read_prompts(file: str) -> list[str]:
@@ -128,11 +113,6 @@ def _read_prompts(file: str) -> list[str]:
     return prompts
 
 
-def _decode(tokenizer: Any, ids: list[int]) -> str:
-    """The text; words that fine-tuning added are none of the tokenizer's."""
-    return tokenizer.decode([token for token in ids if token < tokenizer.vocab_size])
-
-
 class _Stream:
     """Shows a text as it is made. What is not whole yet, as half a character, waits."""
 
@@ -143,7 +123,7 @@ class _Stream:
     def __call__(self, tokens: "np.ndarray") -> None:
         if tokens[0] != self._tokenizer.eos_id:
             self._ids.append(int(tokens[0]))
-            self._show(_decode(self._tokenizer, self._ids).rstrip("\ufffd"))
+            self._show(generation.text_of(self._tokenizer, self._ids).rstrip("\ufffd"))
 
     def _show(self, text: str) -> None:
         print(text[self._shown :], end="", flush=True)
@@ -151,7 +131,7 @@ class _Stream:
 
     def end(self) -> None:
         """Shows the rest."""
-        self._show(_decode(self._tokenizer, self._ids))
+        self._show(generation.text_of(self._tokenizer, self._ids))
         print(flush=True)
 
 

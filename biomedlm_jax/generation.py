@@ -6,7 +6,7 @@ whether all rows have ended, so that the device never waits for it.
 
 import functools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
+from tqdm import tqdm
 
 from biomedlm_jax import decoding
 from biomedlm_jax.config import ModelConfig
 from biomedlm_jax.decoding import Cache, Weights
 from biomedlm_jax.errors import UserError
 from biomedlm_jax.generation_config import GenerationConfig
+from biomedlm_jax.tokenizer import Tokenizer
 
 # Steps that are started before it is known whether they are needed.
 _STEPS_AHEAD = 4
@@ -287,6 +289,27 @@ def generate(
         Generated(row[start:end].tolist(), bool(has_ended))
         for row, start, end, has_ended in zip(made, prompt_lengths, lengths, ended, strict=True)
     ]
+
+
+def generate_all(
+    model: ModelConfig,
+    weights: Weights,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    eos_id: int,
+    batch_size: int,
+) -> Iterator[Generated]:
+    """Continues any number of prompts, so many at once, in their order."""
+    with tqdm(total=len(prompts), desc="generating", unit=" prompts", disable=None) as progress:
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            yield from generate(model, weights, batch, config, eos_id, first_id=start)
+            progress.update(len(batch))
+
+
+def text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of what was made; words that fine-tuning added to a model are none of its tokenizer's."""
+    return tokenizer.decode([token for token in ids if token < tokenizer.vocab_size])
 
 
 def _beam_search(

@@ -58,12 +58,17 @@ def scores(
     keys = dropout_keys
     if keys is not None:
         keys = jax.vmap(lambda key: jax.random.split(key, choices))(keys).reshape(-1)
-    model = model_lib.merge(config, {name: part for name, part in params.items() if name != "score"}, lora)
+    model = model_lib.merge(config, without_head(params), lora)
     hidden = model.hidden_states(tokens.reshape(-1, seq), dropout_keys=keys, gather=gather)
     last = jnp.maximum(lengths.reshape(-1) - 1, 0)
     pooled = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0].astype(jnp.float32)
     by_row = (pooled @ params["score"]["kernel"]).reshape(batch, choices, -1)
     return jnp.where(lengths[:, :, None] > 0, by_row, jnp.finfo(jnp.float32).min).reshape(batch, -1)
+
+
+def without_head(params: Params) -> Params:
+    """The parameters of the language model alone."""
+    return {name: part for name, part in params.items() if name != "score"}
 
 
 def objective(config: ModelConfig, lora: LoraConfig | None = None) -> Objective:

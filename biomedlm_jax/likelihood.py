@@ -106,7 +106,7 @@ class Scorer:
 
     def __init__(self, config: Config, mesh: Mesh, params: Params, tokenizer: Tokenizer, batch_size: int):
         """Args: `batch_size`, rows at once over all devices."""
-        self._config, self._mesh, self._params, self._tokenizer = config, mesh, params, tokenizer
+        self._config, self._params, self._tokenizer = config, params, tokenizer
         self._batch_size, self._rows = batch_size, sharding.batch_sharding(mesh)
         self._step = jit_log_likelihoods(config, mesh)
         self.cut = 0
@@ -148,11 +148,7 @@ class Scorer:
             rows[row, : len(kept) - 1] = kept[:-1]
             targets[row, :count] = kept[len(kept) - count :]
             first[row], counts[row] = len(kept) - 1 - count, count
-
-        def put(array: np.ndarray) -> jax.Array:
-            return jax.make_array_from_callback(array.shape, self._rows, lambda index: array[index])
-
-        return Continuations(*map(put, (rows, first, targets, counts)))
+        return Continuations(*(sharding.put(array, self._rows) for array in (rows, first, targets, counts)))
 
 
 # How log-likelihoods of answers become scores: (sums, sums without a context, answers) -> scores.

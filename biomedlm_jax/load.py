@@ -12,7 +12,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from biomedlm_jax import adaptation, checkpoint, huggingface, sharding
+from biomedlm_jax import adaptation, checkpoint, heads, huggingface, sharding
 from biomedlm_jax import model as model_lib
 from biomedlm_jax import tokenizer as tokenizer_lib
 from biomedlm_jax.config import Config, MeshConfig, ModelConfig
@@ -158,9 +158,13 @@ def make_mesh(config: ModelConfig) -> Mesh:
 
 def load_on_mesh(path: str | Path, step: int | None, mesh: Mesh) -> Params:
     """`load_params`, sharded over a mesh as in training."""
+    return load_params(path, step, mesh_shardings(path, mesh))
+
+
+def mesh_shardings(path: str | Path, mesh: Mesh) -> Params:
+    """How the parameters of a folder's language model lie on a mesh."""
     config = read_config(path)
-    abstract = jax.eval_shape(lambda: model_lib.init_params(config, 0))
-    return load_params(path, step, sharding.tree_shardings(mesh, abstract))
+    return sharding.tree_shardings(mesh, jax.eval_shape(lambda: model_lib.init_params(config, 0)))
 
 
 def read_config(path: str | Path) -> ModelConfig:
@@ -246,10 +250,7 @@ def _load_finetuned(path: Path, config: FinetuneConfig, step: int | None, shardi
 
 
 def _place(array: np.ndarray, where: jax.sharding.Sharding | None) -> Array:
-    if where is None:
-        return jax.device_put(array)
-    # `jax.device_put` would first compare the whole array between processes, which have all read the same file.
-    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+    return jax.device_put(array) if where is None else sharding.put(array, where)
 
 
 def start_from(
@@ -264,8 +265,7 @@ def start_from(
       UserError: names the first setting that differs; or see `load_model`.
     """
     check_architecture(path, config, but_words)
-    params = load_params(path, shardings=shardings)
-    return {name: part for name, part in params.items() if name != "score"}
+    return heads.without_head(load_params(path, shardings=shardings))
 
 
 def check_architecture(path: str | Path, config: ModelConfig, but_words: bool = False) -> None:

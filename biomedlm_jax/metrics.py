@@ -34,10 +34,8 @@ class Throughput:
 
     def __init__(self, per_step: Mapping[str, float], flops_per_step: float | None = None):
         """Args: `per_step`, what a step reads, such as 'tokens', and `flops_per_step`, if they are to be counted."""
-        self._per_step = per_step
-        peak = peak_flops(jax.devices()[0].device_kind)
-        self._counts_flops = flops_per_step is not None
-        self._mfu_seconds = flops_per_step / (peak * jax.device_count()) if peak and flops_per_step else None
+        self._per_step, self._flops_per_step = per_step, flops_per_step
+        self._peak = peak_flops(jax.devices()[0].device_kind)
         self.restart(0)
 
     def restart(self, step: int) -> None:
@@ -51,10 +49,13 @@ class Throughput:
             return {}
         seconds = (time.perf_counter() - self._time) / steps
         self.restart(step)
-        rates = {f"perf/{name}_per_second": amount / seconds for name, amount in self._per_step.items()}
-        mfu = None if self._mfu_seconds is None else self._mfu_seconds / seconds
-        utilization = {"perf/mfu": mfu} if self._counts_flops else {}
-        return {**rates, **utilization, "perf/step_seconds": seconds}
+        found: dict[str, float | None] = {
+            f"perf/{name}_per_second": amount / seconds for name, amount in self._per_step.items()
+        }
+        if self._flops_per_step is not None:
+            rate = self._flops_per_step / seconds
+            found["perf/mfu"] = rate / (self._peak * jax.device_count()) if self._peak else None
+        return found | {"perf/step_seconds": seconds}
 
 
 class MetricWriter:

@@ -5,8 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from biomedlm_jax import evaluation, metrics, scoring
 from biomedlm_jax.config import Config, as_paths
 from biomedlm_jax.finetune_config import GENERATION, MULTIPLE_CHOICE, FinetuneConfig
+from biomedlm_jax.huggingface import MEMORY_FOLDER
 
 # Of the licence of BioMedLM: https://huggingface.co/stanford-crfm/BioMedLM
 LIMITS = (
@@ -29,6 +31,7 @@ model = AutoModelForCausalLM.from_pretrained(FOLDER)
 inputs = tokenizer("Photosynthesis is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))""",
     "GPT2ForSequenceClassification": """\
+import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
@@ -75,7 +78,7 @@ def make(run_dir: Path, step: int, config: Config | FinetuneConfig, architecture
 
 def _is_import(run_dir: Path) -> bool:
     """Whether a run only holds what was converted from another folder, and none of its settings mean anything."""
-    return (run_dir / "huggingface").is_dir() and not (run_dir / "metrics.jsonl").is_file()
+    return (run_dir / MEMORY_FOLDER).is_dir() and not (run_dir / metrics.METRICS_FILE).is_file()
 
 
 def _purpose(run_dir: Path, step: int, config: Config | FinetuneConfig) -> str:
@@ -127,25 +130,9 @@ def _settings(config: Config | FinetuneConfig) -> str:
 
 def _results(run_dir: Path, step: int) -> str:
     lines = []
-    metrics = run_dir / "metrics.jsonl"
-    if metrics.is_file():
-        for line in metrics.read_text().splitlines():
-            found = json.loads(line)
-            if found.get("step") == step:
-                lines += [f"- {name}: {value:.4f}" for name, value in found.items() if name.startswith("eval/")]
-    for file in sorted(run_dir.glob("evaluations/*/results.json")):
-        found = json.loads(file.read_text())
-        if "accuracy" in found:
-            low, high = found["accuracy_95"]
-            majority = found["majority"]
-            lines.append(
-                f"- {found['task']}, {found['answered']:,} examples, answered by {found['answered_by']}: accuracy "
-                f"{found['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}); always {majority['answer']}: "
-                f"{majority['accuracy']:.1%}"
-            )
-        if "rouge1" in found:
-            lines.append(
-                f"- {found['task']}, {found['answered']:,} examples: ROUGE-1 {found['rouge1']:.3f}, ROUGE-2 "
-                f"{found['rouge2']:.3f}, ROUGE-L {found['rougeL']:.3f}"
-            )
+    if (run_dir / metrics.METRICS_FILE).is_file():
+        at_step = [line for line in metrics.read_metrics(run_dir) if line["step"] == step]
+        lines += [f"- {name}: {value:.4f}" for line in at_step for name, value in line.items() if name[:5] == "eval/"]
+    files = sorted(run_dir.glob(f"{evaluation.FOLDER}/*/{evaluation.RESULTS_FILE}"))
+    lines += [f"- {scoring.describe(json.loads(file.read_text()))}" for file in files]
     return "\n".join(lines) or "None were measured."

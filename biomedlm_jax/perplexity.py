@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -53,7 +53,7 @@ def evaluate(
     params = load.load_on_mesh(path, step_number, mesh)
     eval_step, sharded = step.jit_eval_step(config, mesh), sharding.batch_sharding(mesh)
     size = batch_size * mesh.size
-    sums: dict[str, dict[str, float]] = {}
+    sums: dict[str, _Sums] = {}
     for source, documents in by_source.items():
         held_out = _rows(documents, tokenizer, config.model.n_positions)
         batches = tqdm(
@@ -64,38 +64,39 @@ def evaluate(
             total=data.eval_batch_count(held_out, size),
         )
         with jax.set_mesh(mesh):
-            nll, tokens = step.held_out_loss(eval_step, params, batches)
+            nll, predicted = step.held_out_loss(eval_step, params, batches)
         if not math.isfinite(nll):
             raise UserError(f"{path}: the loss is {nll}: the weights hold numbers that are not finite")
         n_bytes = sum(len(document.text.encode()) for document in documents)
-        sums[source] = {
-            "nll": nll,
-            "predicted": tokens,
-            "tokens": held_out.tokens,
-            "bytes": n_bytes,
-            "documents": len(documents),
-        }
-    total = {name: sum(of_source[name] for of_source in sums.values()) for name in next(iter(sums.values()))}
-    if not total["predicted"]:
+        sums[source] = _Sums(nll, int(predicted), held_out.tokens, n_bytes, len(documents))
+    total = _Sums(*map(sum, zip(*sums.values(), strict=True)))
+    if not total.predicted:
         raise UserError(f"{' '.join(patterns)}: no text to evaluate; left out: {dict(report.dropped)}")
-    return {
-        **_numbers(total),
-        "by_source": {source: _numbers(of_source) for source, of_source in sums.items() if of_source["predicted"]},
-        **report.as_dict(),
-    }
+    of_sources = {source: of_source.numbers() for source, of_source in sums.items() if of_source.predicted}
+    return {**total.numbers(), "by_source": of_sources, **report.as_dict()}
 
 
-def _numbers(sums: dict[str, float]) -> dict[str, Any]:
-    loss = sums["nll"] / sums["predicted"]
-    return {
-        "loss": loss,
-        "perplexity": metrics.perplexity(loss),
-        # Of all tokens: the first ones of rows, which are not predicted, count as the others do on average.
-        "bits_per_byte": loss * sums["tokens"] / math.log(2) / sums["bytes"],
-        "tokens": int(sums["predicted"]),
-        "bytes": int(sums["bytes"]),
-        "documents": int(sums["documents"]),
-    }
+class _Sums(NamedTuple):
+    """Over documents."""
+
+    nll: float
+    predicted: int
+    tokens: int
+    bytes: int
+    documents: int
+
+    def numbers(self) -> dict[str, Any]:
+        """What `evaluate` returns of them."""
+        loss = self.nll / self.predicted
+        return {
+            "loss": loss,
+            "perplexity": metrics.perplexity(loss),
+            # Of all tokens: the first ones of rows, which are not predicted, count as the others do on average.
+            "bits_per_byte": loss * self.tokens / math.log(2) / self.bytes,
+            "tokens": self.predicted,
+            "bytes": self.bytes,
+            "documents": self.documents,
+        }
 
 
 def _read(patterns: list[str], report: ReadReport, selection: Selection) -> dict[str, list[Document]]:

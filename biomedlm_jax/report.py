@@ -4,6 +4,7 @@ python -m biomedlm_jax.report RUN
 """
 
 import argparse
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,13 @@ def summary(lines: list[dict[str, Any]]) -> str:
         best = min(evaluated, key=lambda line: (-line.get("eval/accuracy", 0), line["eval/loss"]))
         row("held out, best", best, "eval/loss")
         row("held out, last", evaluated[-1], "eval/loss")
-    what, done = ("tokens", f"{trained[-1]['tokens']:,} tokens") if "tokens" in trained[-1] else ("examples", "")
-    done = done or f"{trained[-1]['epoch']:.1f} epochs"
-    key = f"perf/{what}_per_second"
-    rates = sorted(line[key] for line in trained if line.get(key))
-    text.append(
-        done + (f", median {rates[len(rates) // 2]:,.{0 if what == 'tokens' else 1}f} {what}/s" if rates else "")
-    )
+    last = trained[-1]
+    what = "tokens" if "tokens" in last else "examples"
+    done = f"{last['tokens']:,} tokens" if what == "tokens" else f"{last['epoch']:.1f} epochs"
+    rates = [line[key] for line in trained if line.get(key := f"perf/{what}_per_second")]
+    if rates:
+        done += f", median {statistics.median_low(rates):,.{0 if what == 'tokens' else 1}f} {what}/s"
+    text.append(done)
     return "\n".join(text)
 
 

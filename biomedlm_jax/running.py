@@ -17,6 +17,7 @@ from biomedlm_jax import config as config_lib
 from biomedlm_jax.config import Config
 from biomedlm_jax.errors import UserError
 from biomedlm_jax.finetune_config import FinetuneConfig
+from biomedlm_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,20 @@ def check_identity(saved: dict[str, Any], here: dict[str, Any], run_dir: str) ->
     ]
     if differing:
         raise UserError(f"the rows are not those that {run_dir} was trained on: {'; '.join(differing)}")
+
+
+def describe(config: Config | FinetuneConfig, its_tokenizer: Tokenizer) -> None:
+    """Writes what others need to read a run's checkpoints: its settings, and its tokenizer."""
+    run_dir = Path(config.run.dir)
+    config_lib.save_config(config, run_dir / checkpoint.CONFIG_FILE)
+    its_tokenizer.save(run_dir / checkpoint.TOKENIZER_FOLDER)
+
+
+def stopped(number: int, done: int, run_dir: str) -> int:
+    """Says that a signal ended a run behind a saved step; the exit status of the process, as shells have it."""
+    name = signal.Signals(number).name
+    logger.info("stopped by %s: step %d is saved in %s; the same command goes on from there", name, done, run_dir)
+    return 128 + number
 
 
 @contextlib.contextmanager

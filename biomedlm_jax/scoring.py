@@ -1,6 +1,6 @@
 """Numbers of answers: accuracy with its interval, macro-F1, calibration, and what guessing the majority would reach."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,6 +79,23 @@ def expected_calibration_error(scores: Scores, labels: Labels, bins: int = 10) -
     """How far confidence is from accuracy, over bins of equal width; Guo et al. 2017, equation 3."""
     confidence, correct, share = calibration(scores, labels, bins)
     return float(np.sum(np.abs(confidence - correct) * share))
+
+
+def describe(results: Mapping[str, Any]) -> str:
+    """What `results.json` holds, in a line."""
+    text = f"{results['task']}: {results['examples']:,} examples answered by {results['answered_by']}"
+    if "accuracy" in results:
+        low, high = results["accuracy_95"]
+        majority = results["majority"]
+        text += (
+            f": accuracy {results['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}); always "
+            f"{majority['answer']}: {majority['accuracy']:.1%}"
+        )
+        if "macro_f1" in results:
+            text += f"; macro-F1 {results['macro_f1']:.3f}"
+    if "rouge1" in results:
+        text += f": ROUGE-1 {results['rouge1']:.3f}, ROUGE-2 {results['rouge2']:.3f}, ROUGE-L {results['rougeL']:.3f}"
+    return text
 
 
 def import_rouge() -> Any:

@@ -113,6 +113,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH_SPEC)
 
 
+def put(array: np.ndarray, where: jax.sharding.Sharding) -> Array:
+    """An array that every process holds whole, laid out on devices.
+
+    `jax.device_put` would first compare it between the processes.
+    """
+    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+
+
 def constrain_rows(x: Shaped[Array, "batch *rest"]) -> Shaped[Array, "batch *rest"]:
     """Keeps the rows of an activation on the devices that hold the batch's, under a mesh set by `jax.set_mesh`.
 

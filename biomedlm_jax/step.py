@@ -76,8 +76,8 @@ def language_model(config: ModelConfig, loss_chunk: int = 0, lora: LoraConfig | 
     return Objective(summed_loss, lambda batch: target_count(batch.mask))
 
 
-def pretraining(config: Config) -> Objective:
-    """The objective of a pretraining run."""
+def pretraining(config: Config | FinetuneConfig) -> Objective:
+    """The objective of a pretraining run: the prediction of words by all weights."""
     return language_model(config.model, config.train.loss_chunk)
 
 
@@ -136,11 +136,8 @@ def jit_train_step(
     """
     mesh = batch_sharding.mesh
     assert isinstance(mesh, Mesh)
-    if objective is None:
-        assert isinstance(config, Config)
-        objective = pretraining(config)
     return jax.jit(
-        functools.partial(train_step, config, objective, make_exchange(config, mesh)),
+        functools.partial(train_step, config, objective or pretraining(config), _exchange(config, mesh)),
         donate_argnums=0,
         in_shardings=(state_shardings, batch_sharding) + ((frozen_shardings,) if frozen_shardings else ()),
         out_shardings=(state_shardings, None),
@@ -162,24 +159,15 @@ def jit_eval_step(config: Config | FinetuneConfig, mesh: Mesh, objective: Object
     Args:
       objective: by default that of pretraining.
     """
-    exchange = make_exchange(config, mesh)
-    if objective is None:
-        assert isinstance(config, Config)
-        objective = pretraining(config)
+    goal = objective or pretraining(config)
 
-    def on_a_device(params: Params, batch: Any) -> Float[Array, "2"]:
-        whole = sharding.gather_all_but_kernels(exchange, params)
-        nll = objective.summed_loss(whole, batch, None, functools.partial(sharding.gather_kernels, exchange))
-        return jax.lax.psum(jnp.stack([nll, objective.count(batch)]), sharding.AXES)
-
-    def on_the_mesh(params: Params, batch: Any) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        in_specs = (sharding.tree_specs(params), sharding.BATCH_SPEC)
-        nll, tokens = jax.shard_map(on_a_device, mesh=mesh, in_specs=in_specs, out_specs=P(), check_vma=False)(
-            params, batch
+    def of_rows(params: Params, batch: Any, gather: Gather) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        nll, terms = jax.lax.psum(
+            jnp.stack([goal.summed_loss(params, batch, None, gather), goal.count(batch)]), sharding.AXES
         )
-        return nll, tokens
+        return nll, terms
 
-    return jax.jit(on_the_mesh, compiler_options=compiler_options.for_mesh(mesh))
+    return _jit_forward(config, mesh, of_rows)
 
 
 def jit_rows(
@@ -193,14 +181,22 @@ def jit_rows(
     Returns:
       From parameters and a batch to what the function makes of all its rows, whole on every device.
     """
-    exchange = make_exchange(config, mesh)
 
-    def on_a_device(params: Params, batch: Any) -> Float[Array, "batch *rest"]:
+    def of_rows(params: Params, batch: Any, gather: Gather) -> Float[Array, "batch *rest"]:
+        return jax.lax.all_gather(function(params, batch, gather), sharding.AXES, axis=0, tiled=True)
+
+    return _jit_forward(config, mesh, of_rows)
+
+
+def _jit_forward(config: Config | FinetuneConfig, mesh: Mesh, of_rows: Callable[[Params, Any, Gather], Any]) -> Any:
+    """Compiles what a device does with its rows of a batch, and exchanges, to what is equal on all of them."""
+    exchange = _exchange(config, mesh)
+
+    def on_a_device(params: Params, batch: Any) -> Any:
         whole = sharding.gather_all_but_kernels(exchange, params)
-        found = function(whole, batch, functools.partial(sharding.gather_kernels, exchange))
-        return jax.lax.all_gather(found, sharding.AXES, axis=0, tiled=True)
+        return of_rows(whole, batch, functools.partial(sharding.gather_kernels, exchange))
 
-    def on_the_mesh(params: Params, batch: Any) -> Float[Array, "batch *rest"]:
+    def on_the_mesh(params: Params, batch: Any) -> Any:
         in_specs = (sharding.tree_specs(params), sharding.BATCH_SPEC)
         return jax.shard_map(on_a_device, mesh=mesh, in_specs=in_specs, out_specs=P(), check_vma=False)(params, batch)
 
@@ -225,8 +221,7 @@ def held_out_loss(
     return nll, tokens
 
 
-def make_exchange(config: Config | FinetuneConfig, mesh: Mesh) -> Exchange:
-    """How the devices of a mesh exchange what a step needs."""
+def _exchange(config: Config | FinetuneConfig, mesh: Mesh) -> Exchange:
     return Exchange(
         rings=sharding.find_rings(mesh),
         replica=mesh.shape["replica"],

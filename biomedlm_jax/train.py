@@ -12,7 +12,6 @@ import contextlib
 import functools
 import logging
 import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +118,8 @@ def _run(config: Config, mesh: Any, checkpointer: Any, job: Any) -> int:
     if start_step >= config.train.steps:
         logger.info("%s has all its %d steps already", run_dir, start_step)
         return 0
-    job.first("describe the run", functools.partial(_describe_run, config))
+    its_tokenizer = next(iter(config.prepared_dirs)) / "tokenizer"
+    job.first("describe the run", lambda: running.describe(config, tokenizer.load_tokenizer(its_tokenizer)))
 
     # ---- The compiled steps, and the batches they take
     batch_sharding = sharding.batch_sharding(mesh)
@@ -172,18 +172,10 @@ def _run(config: Config, mesh: Any, checkpointer: Any, job: Any) -> int:
                 break
         checkpointer.wait()
     if stop:
-        name = signal.Signals(job.stop_signal).name
-        logger.info("stopped by %s: step %d is saved in %s; the same command goes on from there", name, done, run_dir)
-        return 128 + job.stop_signal
+        return running.stopped(job.stop_signal, done, config.run.dir)
     if job.index == 0:
         print(_summary(config, record, mixture.entropy(held_out.values())))
     return 0
-
-
-def _describe_run(config: Config) -> None:
-    run_dir = Path(config.run.dir)
-    config_lib.save_config(config, run_dir / checkpoint.CONFIG_FILE)
-    tokenizer.load_tokenizer(next(iter(config.prepared_dirs)) / "tokenizer").save(run_dir / checkpoint.TOKENIZER_FOLDER)
 
 
 def _starting_state(

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from biomedlm_jax import config as config_lib
-from biomedlm_jax import data, evaluate, metrics, rows, sharding, step, targets
+from biomedlm_jax import data, metrics, perplexity, rows, sharding, step, targets
 from biomedlm_jax import model as model_lib
 from biomedlm_jax import train as train_lib
 from biomedlm_jax.config import MeshConfig
@@ -172,7 +172,7 @@ def test_a_run_is_evaluated_as_it_was_trained_and_goes_on_so(tmp_path):
         (tmp_path / "texts" / f"{number:03}.txt").write_bytes(tokenizer.decode(text).encode())
 
     def evaluated():
-        return evaluate.evaluate(config.run.dir, [str(tmp_path / "texts/*.txt")], pile_sets=[], batch_size=2)["loss"]
+        return perplexity.evaluate(config.run.dir, [str(tmp_path / "texts/*.txt")], batch_size=2)["loss"]
 
     assert evaluated() == pytest.approx(last["eval/loss"], abs=1e-5)
     path = tmp_path / "run/config.yaml"

@@ -14,8 +14,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from biomedlm_jax import adaptation, heads, hlo, sharding, step
 from biomedlm_jax.config import Config, OptimizerConfig, TrainConfig
+from biomedlm_jax.encoding import padded_length
 from biomedlm_jax.errors import UserError
-from biomedlm_jax.finetune_config import LENGTH_MULTIPLE, MULTIPLE_CHOICE, FinetuneConfig
+from biomedlm_jax.finetune_config import GENERATION, MULTIPLE_CHOICE, FinetuneConfig
 from biomedlm_jax.planning import flops, memory, traffic
 from biomedlm_jax.targets import Target
 
@@ -76,7 +77,7 @@ def as_pretraining(config: Config | FinetuneConfig) -> Config:
 
 
 def _row_tokens(config: FinetuneConfig) -> int:
-    return min(config.model.n_positions, -(-config.task.longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+    return padded_length(config.task.longest, config.model.n_positions, whole_chunks=config.task.name in GENERATION)
 
 
 def _choices(config: FinetuneConfig) -> int:

@@ -131,20 +131,20 @@ def _run_in_processes(
     others = set(multiprocessing.active_children())
     # JAX may run threads in this process, which a fork would not survive.
     context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
-    executor = concurrent.futures.ProcessPoolExecutor(processes, context, _start_worker, (counter,))
+    # Bytes read for each task: as only one process writes each number, no lock, which one that is killed might hold.
+    bytes_read = context.RawArray("q", len(tasks))
+    executor = concurrent.futures.ProcessPoolExecutor(processes, context, _start_worker, (bytes_read,))
     seen = 0
     try:
         # Ctrl-C reaches the whole group, and this process ends the others: they are started deaf to it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            pending = {executor.submit(_attempt_in_worker, task, wait): task for task in tasks}
+            pending = {executor.submit(_attempt_in_worker, *pair, wait): pair[1] for pair in enumerate(tasks)}
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         while pending:
             done, _ = concurrent.futures.wait(pending, timeout=0.2, return_when=concurrent.futures.FIRST_COMPLETED)
-            # Without its lock, which a process that was killed may hold for ever.
-            total = counter.get_obj().value
+            total = sum(bytes_read)
             progress.advance(total - seen)
             seen = total
             for future in done:
@@ -167,9 +167,9 @@ def _run_in_processes(
     return errors, busy
 
 
-def _start_worker(counter: Any) -> None:
-    global _counter
-    _counter = counter
+def _start_worker(bytes_read: Any) -> None:
+    global _bytes_read
+    _bytes_read = bytes_read
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -180,15 +180,14 @@ def _start_worker(counter: Any) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _attempt_in_worker(task: Task, wait: bool) -> bool:
+def _attempt_in_worker(index: int, task: Task, wait: bool) -> bool:
     def advance(size: int) -> None:
-        with _counter.get_lock():
-            _counter.value += size
+        _bytes_read[index] += size
 
     return task.attempt(wait, advance)
 
 
-_counter: Any = None
+_bytes_read: Any = None
 
 
 class _Progress:
