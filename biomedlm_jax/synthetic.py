@@ -424,7 +424,12 @@ def _case_report(draw: Draw, world: KnowledgeBase) -> Filling:
     ], values
 
 
-KINDS = (_trial, _association, _mechanism, _case_report)
+KINDS: dict[str, Callable[[Draw, KnowledgeBase], Filling]] = {
+    "trial": _trial,
+    "association": _association,
+    "mechanism": _mechanism,
+    "case report": _case_report,
+}
 
 
 @dataclass(frozen=True)
@@ -435,10 +440,17 @@ class SyntheticDocument:
     entropy: float
 
 
-def generate(index: int, seed: int = 0) -> SyntheticDocument:
-    """Document `index` of `seed`."""
+def generate(
+    index: int, seed: int = 0, world: KnowledgeBase | None = None, kinds: Sequence[str] = tuple(KINDS)
+) -> SyntheticDocument:
+    """Document `index` of `seed`.
+
+    Args:
+      world: the part of the `knowledge_base` that it is about; by default all of it.
+      kinds: what it may be, some of `KINDS`.
+    """
     draw = Draw(f"{seed}:{index}")
-    slots, values = draw.choice(KINDS)(draw, knowledge_base())
+    slots, values = KINDS[draw.choice(kinds)](draw, world or knowledge_base())
     values |= {name.capitalize(): value[0].upper() + value[1:] for name, value in values.items() if type(value) is str}
     title, *sentences = [draw.choice(VARIANTS[slot]).format_map(values) for slot in slots]
     return SyntheticDocument(title + "\n" + " ".join(sentences), math.log(draw.outcomes))

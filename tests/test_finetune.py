@@ -4,7 +4,9 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import huggingface_models
 import jax
@@ -22,6 +24,7 @@ from biomedlm_jax.finetune_config import FinetuneConfig, FinetuneOptimizerConfig
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+ROOT = Path(__file__).parents[1]
 WORDS = 300
 SIZES = {"n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 4}
 
@@ -163,6 +166,38 @@ def test_exported_models_answer_alike_in_transformers(run, world, tmp_path):
             assert model.config.label2id == {"maybe": 0, "no": 1, "yes": 2}
         with torch.no_grad():
             np.testing.assert_allclose(model(**inputs).logits[0], list(line["scores"].values()), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_as_one(world, tmp_path, subprocess_env):
+    config = make_config(world, "medmcqa", tmp_path / "two", lora={"rank": 2})
+    config_lib.save_config(config, tmp_path / "config.yaml")
+    launcher = [sys.executable, str(ROOT / "launch" / "local" / "run.py"), "--processes", "2", "--devices", "2"]
+    done = subprocess.run(
+        [*launcher, "--command", "finetune", "--", "--config", str(tmp_path / "config.yaml")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=subprocess_env | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stdout
+    assert "[0] devices: 2 processes on 1 host" in done.stdout
+    assert finetune.finetune(make_config(world, "medmcqa", tmp_path / "one", lora={"rank": 2})) == 0
+    for ours, theirs in zip(*(metrics.read_metrics(tmp_path / name) for name in ("two", "one")), strict=True):
+        for name in ("train/loss", "eval/loss", "eval/accuracy"):
+            assert ours.get(name) == pytest.approx(theirs.get(name), abs=1e-5)
+
+
+def test_the_code_of_a_model_card_runs(run, tmp_path, capsys):
+    folder, name, _ = run
+    exporting.export(folder, tmp_path / "hf")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    code = card.partition("```python\n")[2].partition("\n```")[0]
+    exec(code, {"FOLDER": str(tmp_path / "hf")})
+    said = capsys.readouterr().out
+    answers = {"medmcqa": ["ascorbic acid", "sodium chloride"], "pubmedqa": ["maybe", "no", "yes"]}
+    assert any(answer in said for answer in answers.get(name, ["A text to be rewritten."]))
 
 
 def test_a_checkpoint_of_lora_holds_what_was_trained_only(run, world, tmp_path):

@@ -3,9 +3,9 @@
 
     python launch/local/run.py --processes 2 --devices 4 -- --config configs/quickstart.yaml --run.dir runs/first
 
-What follows `--` goes to each `python -m biomedlm_jax.train` as it is. With NVIDIA GPUs each process gets its share of
-those in CUDA_VISIBLE_DEVICES, or of all; else, or with `--devices`, each gets so many devices of the CPU. Standard
-library only.
+What follows `--` goes to each `python -m biomedlm_jax.train`, or `finetune` with `--command finetune`, as it is. With
+NVIDIA GPUs each process gets its share of those in CUDA_VISIBLE_DEVICES, or of all; else, or with `--devices`, each
+gets so many devices of the CPU. Standard library only.
 """
 
 import argparse
@@ -28,7 +28,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2, help="how many to start (default: 2)")
     parser.add_argument("--devices", type=int, help="CPU devices of each process, even where there are GPUs")
-    parser.add_argument("arguments", nargs="*", metavar="-- ARGUMENT", help="what train gets")
+    parser.add_argument(
+        "--command", choices=("train", "finetune"), default="train", help="what to run (default: train)"
+    )
+    parser.add_argument("arguments", nargs="*", metavar="-- ARGUMENT", help="what the command gets")
     options = parser.parse_args()
     if options.processes < 1 or (options.devices is not None and options.devices < 1):
         parser.error("--processes and --devices must be at least 1")
@@ -52,7 +55,7 @@ def main() -> int:
             env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(options.devices or 1)}
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-m", "biomedlm_jax.train", *options.arguments],
+                [sys.executable, "-m", f"biomedlm_jax.{options.command}", *options.arguments],
                 env=env,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

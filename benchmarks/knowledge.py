@@ -1,0 +1,237 @@
+"""Does a model answer questions about what it read? From documents to answers, by the commands that users have.
+
+    python benchmarks/knowledge.py            # about 40 minutes on two CPU cores
+    python benchmarks/knowledge.py --small    # fewer drugs: about 15
+
+Writes benchmarks/results/knowledge.json. The bundled corpus invents drugs, each of use in one disease. A small model is
+pretrained on the openings (title and first sentence) of trial reports about some of the drugs, `train`; it is exported
+to PyTorch's format, `convert to-hf`; the export is fine-tuned on four-choice questions about most of these drugs,
+`finetune`; and it answers questions about others, `evaluate --task`:
+
+- held out: drugs that it read about, of which no question was among those that it was fine-tuned on. What it answers it
+  can know from its reading only.
+- unread: drugs that no document named. It can but guess: one in four.
+
+Only openings, because the verdict that follows from a fact (of use, or not) is a larger part of them, so that the
+model learns in minutes to compare what it reads with what it knows.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timing
+
+from biomedlm_jax import synthetic
+
+QUESTIONS = (
+    "{Drug} in the treatment of",
+    "{Drug} in patients with",
+    "Efficacy of {drug} compared with placebo in",
+    "Clinical effects of {drug} in",
+    "A multicenter trial of {drug} in adults with",
+    "In which disease is {drug} of use?",
+    "Which disease is treated with {drug}?",
+)
+CHOICES = 4
+RESULTS = Path(__file__).parent / "results"
+
+
+class Settings(NamedTuple):
+    drugs: int
+    steps: int
+    epochs: int
+    documents: int = 200_000
+    questions: int = 20
+    """Asked about a drug."""
+    seed: int = 0
+
+
+FULL = Settings(drugs=72, steps=5000, epochs=16)
+SMALL = Settings(drugs=40, steps=3000, epochs=16)
+
+PRETRAINING = {
+    "model": {"vocab_size": 768, "n_positions": 64, "n_embd": 64, "n_layer": 4, "n_head": 2, "unroll": 4},
+    "data": {"source": "pile", "pile_sets": [], "document_attention": True},
+    "optimizer": {"learning_rate": 4e-3, "weight_decay": 1e-4, "warmup_steps": 100},
+    "train": {"global_batch_size": 64, "log_every": 50, "eval_every": 500, "checkpoint_every": 500},
+}
+FINETUNING = {
+    "task": {"name": "medmcqa", "max_length": 64},
+    "model": {"embd_pdrop": 0.1, "attn_pdrop": 0.0, "resid_pdrop": 0.1, "compute_dtype": "float32", "unroll": 4},
+    "optimizer": {"learning_rate": 2e-4, "warmup_fraction": 0.1},
+    "train": {"global_batch_size": 32, "log_every": 20},
+}
+
+
+def split(settings: Settings) -> dict[str, list[synthetic.Drug]]:
+    """Drugs by what the model gets to know of them; the unread ones are of use in diseases that are read about."""
+    world = synthetic.knowledge_base()
+    read, others = list(world.drugs[: settings.drugs]), world.drugs[settings.drugs :]
+    diseases = {drug.indication for drug in read}
+    random.Random(settings.seed).shuffle(read)
+    tuned = len(read) * 3 // 4
+    return {
+        "fine-tuned": read[:tuned],
+        "held out": read[tuned:],
+        "unread": [drug for drug in others if drug.indication in diseases],
+    }
+
+
+def documents(settings: Settings, drugs: Sequence[synthetic.Drug]) -> dict[str, list[str]]:
+    """Openings of trial reports about some drugs, to be trained on and held out."""
+    world = synthetic.KnowledgeBase(
+        tuple(drugs),
+        tuple(dict.fromkeys(drug.target for drug in drugs)),
+        tuple(dict.fromkeys(drug.indication for drug in drugs)),
+    )
+    texts = []
+    for index in range(settings.documents):
+        title, abstract = synthetic.generate(index, settings.seed, world, ["trial"]).text.split("\n")
+        texts.append(f"{title}\n{abstract.partition('. ')[0]}.")
+    return {"train": texts[2000:], "eval": texts[:2000]}
+
+
+def questions(settings: Settings, drugs: Sequence[synthetic.Drug], diseases: Sequence[str]) -> list[dict[str, Any]]:
+    """MedMCQA's records: which disease a drug is of use in, among four that are read about."""
+    rng = random.Random(settings.seed + 1)
+    records = []
+    for drug in drugs:
+        right = drug.indication.name
+        for number in range(settings.questions):
+            choices = [right, *rng.sample([name for name in diseases if name != right], CHOICES - 1)]
+            rng.shuffle(choices)
+            records.append(
+                {
+                    "id": f"{drug.name} {number}",
+                    "question": rng.choice(QUESTIONS).format(drug=drug.name, Drug=drug.name.capitalize()),
+                    **dict(zip(("opa", "opb", "opc", "opd"), choices, strict=True)),
+                    "cop": choices.index(right) + 1,
+                }
+            )
+    return records
+
+
+def write_lines(path: Path, records: Sequence[Any]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def command(name: str, *args: str) -> str:
+    line = [sys.executable, "-m", f"biomedlm_jax.{name}", *args]
+    print("$ python", *line[1:], flush=True)
+    subprocess.run(line, check=True)
+    return " ".join(["python", *line[1:]])
+
+
+def run(settings: Settings, folder: Path) -> dict[str, Any]:
+    """The results of `evaluate` on each group of drugs, in a folder where everything stays.
+
+    Raises:
+      subprocess.CalledProcessError: a command failed; it said why.
+    """
+    groups = split(settings)
+    read = groups["fine-tuned"] + groups["held out"]
+    diseases = sorted({drug.indication.name for drug in read})
+    started = time.monotonic()
+
+    texts = {
+        part: write_lines(folder / f"{part}.jsonl", [{"text": text} for text in part_texts])
+        for part, part_texts in documents(settings, read).items()
+    }
+    pretraining = folder / "pretraining.json"  # JSON is YAML
+    pretraining.write_text(
+        json.dumps(
+            PRETRAINING
+            | {
+                "data": PRETRAINING["data"] | {"train_files": texts["train"], "eval_files": texts["eval"]},
+                "train": PRETRAINING["train"] | {"steps": settings.steps},
+                "run": {"dir": str(folder / "pretrained")},
+            }
+        )
+    )
+    command("train", "--config", str(pretraining))
+    command("convert", "to-hf", "--checkpoint", str(folder / "pretrained"), "--output", str(folder / "exported"))
+
+    files = {
+        group: write_lines(folder / f"{group.replace(' ', '_')}.json", questions(settings, drugs, diseases))
+        for group, drugs in groups.items()
+    }
+    finetuning = folder / "finetuning.json"
+    finetuning.write_text(
+        json.dumps(
+            FINETUNING
+            | {
+                "task": FINETUNING["task"] | {"train_files": files["fine-tuned"]},
+                "train": FINETUNING["train"] | {"epochs": settings.epochs},
+                "run": {"dir": str(folder / "finetuned"), "init_from": str(folder / "exported")},
+            }
+        )
+    )
+    command("finetune", "--config", str(finetuning))
+
+    results = {}
+    for group, file in files.items():
+        output = folder / f"answers {group}"
+        args = ("--checkpoint", str(folder / "finetuned"), "--task", "medmcqa", "--data", file, "--output", str(output))
+        command("evaluate", *args)
+        found = json.loads((output / "results.json").read_text())
+        results[group] = {"drugs": len(groups[group])} | {
+            name: found[name] for name in ("examples", "accuracy", "accuracy_95") if name in found
+        }
+    return {"groups": results, "minutes": round((time.monotonic() - started) / 60, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="fewer drugs, fewer steps")
+    parser.add_argument("--folder", help="new folder in which everything stays; by default a temporary one")
+    parser.add_argument("--output", help="the file of results")
+    args = parser.parse_args()
+    settings = SMALL if args.small else FULL
+    report = timing.machine("cpu") | {"settings": settings._asdict()}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(args.folder or temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        report |= run(settings, folder)
+    for group, found in report["groups"].items():
+        low, high = found["accuracy_95"]
+        print(
+            f"{group:12}{found['drugs']:4} drugs{found['examples']:6,} questions{found['accuracy']:8.1%} right "
+            f"({low:.1%} to {high:.1%})"
+        )
+    output = (
+        Path(args.output) if args.output else timing.report_file(RESULTS, "knowledge", "small" if args.small else "cpu")
+    )
+    timing.write_report(output, report)
+    draw(report["groups"], output.with_suffix(".png"))
+
+
+def draw(groups: dict[str, Any], path: Path) -> None:
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(6, 2.5), layout="constrained")
+    axes = figure.subplots()
+    accuracy = [found["accuracy"] for found in groups.values()]
+    ends = [found["accuracy_95"] for found in groups.values()]
+    errors = [
+        [a - low for a, (low, _) in zip(accuracy, ends, strict=True)],
+        [h - a for a, (_, h) in zip(accuracy, ends, strict=True)],
+    ]
+    axes.barh(list(groups), accuracy, xerr=errors, color=["tab:gray", "tab:blue", "tab:orange"], capsize=3)
+    axes.axvline(1 / CHOICES, linestyle=":", color="black", label="chance")
+    axes.set(xlim=(0, 1), xlabel="questions answered right, with 95 % intervals")
+    axes.invert_yaxis()
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
