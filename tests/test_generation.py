@@ -53,27 +53,33 @@ def theirs(model, prompt, **settings):
     return new[: new.index(EOS)] if EOS in new else new
 
 
+_GREEDY = {"max_new_tokens": 30}
+_THE_PAPERS_BEAMS = {"max_new_tokens": 20, "num_beams": 5, "length_penalty": -0.5, "no_repeat_ngram_size": 6}
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "count"),
     [
-        {"max_new_tokens": 30},
-        {"max_new_tokens": 31, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
-        {"max_new_tokens": 20, "num_beams": 5, "length_penalty": -0.5, "no_repeat_ngram_size": 6},
-        {"max_new_tokens": 31, "num_beams": 3, "length_penalty": 0.0},
+        (_GREEDY, 40),
+        (_THE_PAPERS_BEAMS, 40),
+        ({"max_new_tokens": 31, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2}, 40),
+        ({"max_new_tokens": 31, "num_beams": 3, "length_penalty": 0.0}, 40),
+        pytest.param(_GREEDY, 200, marks=pytest.mark.slow),
+        pytest.param(_THE_PAPERS_BEAMS, 200, marks=pytest.mark.slow),
     ],
 )
-def test_tokens_equal_transformers(both, settings):
-    """200 prompts of 1 to 32 tokens, in batches of mixed lengths."""
+def test_tokens_equal_transformers(both, settings, count):
+    """Prompts of 1 to 32 tokens, in batches of mixed lengths."""
     model, config, weights = both
-    texts = prompts(200)
+    texts = prompts(count)
     ours = []
-    for start in range(0, 200, 50):
-        ours += generate(config, weights, texts[start : start + 50], GenerationConfig(**settings), EOS)
+    for start in range(0, count, count // 4):
+        ours += generate(config, weights, texts[start : start + count // 4], GenerationConfig(**settings), EOS)
     expected = [theirs(model, prompt, **settings) for prompt in texts]
     assert [result.tokens for result in ours] == expected
     ended = sum(result.ended for result in ours)
     assert [result.ended for result in ours] == [len(tokens) < settings["max_new_tokens"] for tokens in expected]
-    assert ended > 20
+    assert ended > count // 10
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 7}, {"top_p": 0.6}, {"top_k": 20, "top_p": 0.9}, {"top_p": 1e-9}])
