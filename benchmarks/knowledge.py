@@ -122,11 +122,18 @@ def write_lines(path: Path, records: Sequence[Any]) -> str:
     return str(path)
 
 
-def command(name: str, *args: str) -> str:
+def write_config(path: Path, settings: dict[str, dict[str, Any]], **more: dict[str, Any]) -> str:
+    """Settings by group, and more of some groups; in JSON, which is YAML."""
+    path.write_text(
+        json.dumps({group: settings.get(group, {}) | more.get(group, {}) for group in {**settings, **more}})
+    )
+    return str(path)
+
+
+def command(name: str, *args: str) -> None:
     line = [sys.executable, "-m", f"biomedlm_jax.{name}", *args]
     print("$ python", *line[1:], flush=True)
     subprocess.run(line, check=True)
-    return " ".join(["python", *line[1:]])
 
 
 def run(settings: Settings, folder: Path) -> dict[str, Any]:
@@ -143,18 +150,14 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
         part: write_lines(folder / f"{part}.jsonl", [{"text": text} for text in part_texts])
         for part, part_texts in documents(settings, read).items()
     }
-    pretraining = folder / "pretraining.json"  # JSON is YAML
-    pretraining.write_text(
-        json.dumps(
-            PRETRAINING
-            | {
-                "data": PRETRAINING["data"] | {"train_files": texts["train"], "eval_files": texts["eval"]},
-                "train": PRETRAINING["train"] | {"steps": settings.steps},
-                "run": {"dir": str(folder / "pretrained")},
-            }
-        )
+    config = write_config(
+        folder / "pretraining.json",
+        PRETRAINING,
+        data={"train_files": texts["train"], "eval_files": texts["eval"]},
+        train={"steps": settings.steps},
+        run={"dir": str(folder / "pretrained")},
     )
-    command("train", "--config", str(pretraining))
+    command("train", "--config", config)
     if not (folder / "exported").exists():
         command("convert", "to-hf", "--checkpoint", str(folder / "pretrained"), "--output", str(folder / "exported"))
 
@@ -162,18 +165,14 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
         group: write_lines(folder / f"{group.replace(' ', '_')}.json", questions(settings, drugs, diseases))
         for group, drugs in groups.items()
     }
-    finetuning = folder / "finetuning.json"
-    finetuning.write_text(
-        json.dumps(
-            FINETUNING
-            | {
-                "task": FINETUNING["task"] | {"train_files": files["fine-tuned"], "eval_files": files["dev"]},
-                "train": FINETUNING["train"] | {"epochs": settings.epochs},
-                "run": {"dir": str(folder / "finetuned"), "init_from": str(folder / "exported")},
-            }
-        )
+    config = write_config(
+        folder / "finetuning.json",
+        FINETUNING,
+        task={"train_files": files["fine-tuned"], "eval_files": files["dev"]},
+        train={"epochs": settings.epochs},
+        run={"dir": str(folder / "finetuned"), "init_from": str(folder / "exported")},
     )
-    command("finetune", "--config", str(finetuning))
+    command("finetune", "--config", config)
 
     results = {}
     for group, file in files.items():

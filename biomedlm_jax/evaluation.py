@@ -96,7 +96,7 @@ def _by_head(
     encoded = encoding.encode(asked, load.load_tokenizer(path), examples)
     logger.info("%s", encoded.description(asked))
     # A question of multiple choice is a row for each choice.
-    size = max(1, batch_size // max(map(len, encoded.rows))) * mesh.size
+    size = max(1, batch_size // encoded.choices) * mesh.size
     batches = tqdm(
         encoding.eval_batches(encoded, size, sharding.batch_sharding(mesh)),
         desc=name,

@@ -61,7 +61,7 @@ def summary(lines: list[dict[str, Any]]) -> str:
     done = f"{last['tokens']:,} tokens" if what == "tokens" else f"{last['epoch']:.1f} epochs"
     rates = [line[key] for line in trained if line.get(key := f"perf/{what}_per_second")]
     if rates:
-        done += f", median {statistics.median_low(rates):,.{0 if what == 'tokens' else 1}f} {what}/s"
+        done += f", median {statistics.median_high(rates):,.{0 if what == 'tokens' else 1}f} {what}/s"
     text.append(done)
     return "\n".join(text)
 

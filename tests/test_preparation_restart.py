@@ -269,6 +269,33 @@ def test_a_killed_helper_is_named_and_the_command_goes_on(corpus, undisturbed, t
     assert contents(folder) == undisturbed
 
 
+_DIE_WHILE_TELLING = """
+import os, pathlib, signal, sys
+from biomedlm_jax.errors import UserError
+from biomedlm_jax.preparation import tasks
+
+def die(advance):
+    class Last(int):
+        def __radd__(self, other):
+            os.kill(os.getpid(), signal.SIGKILL)
+    advance(Last(1))
+
+if __name__ == "__main__":
+    folder = pathlib.Path(sys.argv[1])
+    try:
+        tasks.run("dying", [tasks.Task(folder, name, name, 1, die) for name in "ab"], 2)
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_helper_that_dies_while_it_tells_of_progress_does_not_hold_up_the_command(tmp_path, subprocess_env):
+    (tmp_path / "die.py").write_text(_DIE_WHILE_TELLING)
+    command_line = [sys.executable, str(tmp_path / "die.py"), str(tmp_path)]
+    done = subprocess.run(command_line, env=subprocess_env, capture_output=True, text=True, check=True, timeout=60)
+    assert "a process that prepared rows was killed" in done.stdout
+
+
 @pytest.fixture
 def counted(monkeypatch):
     """Which shards are indexed and encoded."""
