@@ -21,7 +21,14 @@ def _fresh_interpreter():
     interpret_pallas_call.reset_gpu_interpret_mode_state()
 
 
-@pytest.mark.parametrize("index, shape", list(enumerate(kernels.draw_shapes(seed=11, n=8))))
+# A shape takes half a minute: CI's longer part runs all.
+@pytest.mark.parametrize(
+    "index, shape",
+    [
+        pytest.param(index, shape, marks=pytest.mark.slow if index > 1 else ())
+        for index, shape in enumerate(kernels.draw_shapes(seed=11, n=8))
+    ],
+)
 def test_equals_reference(index, shape):
     """Each kind of length, in turn with documents, and with the usual scale or the smallest."""
     dtype = ("bfloat16", "float16")[index // 2 % 2]
@@ -30,6 +37,7 @@ def test_equals_reference(index, shape):
     kernels.check("mosaic_gpu", shape, dtype, scale, segment_ids, blocks=BLOCKS[shape[3]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -58,6 +66,7 @@ def test_no_race(capfd, monkeypatch):
     assert "RACE" not in "".join(capfd.readouterr())
 
 
+@pytest.mark.slow
 def test_zero_scale_gives_the_mean_and_a_negative_one_nan():
     qkv, d_out = kernels.draw_arguments(0, (1, 70, 1, 64), "bfloat16")
 
@@ -72,6 +81,7 @@ def test_zero_scale_gives_the_mean_and_a_negative_one_nan():
     assert jnp.isnan(out).all()
 
 
+@pytest.mark.slow
 def test_same_in_every_run():
     qkv, d_out = kernels.draw_arguments(0, (1, 136, 1, 64), "bfloat16")
 
