@@ -8,12 +8,15 @@ import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compiles each program once, for all tests and the processes that they start."""
-    folder = config.cache.mkdir("jax")
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    """Compiles each program once and in haste, for all tests and the processes that they start."""
+    settings = {
+        "jax_compilation_cache_dir": str(config.cache.mkdir("jax")),
+        "jax_persistent_cache_min_compile_time_secs": 0.3,
+        "jax_disable_most_optimizations": True,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 jax.config.update("jax_platforms", "cpu")
@@ -34,5 +37,7 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def subprocess_env() -> dict[str, str]:
     """Environment of a command run as a user would: its own settings, one device."""
-    cache = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
-    return {name: value for name, value in os.environ.items() if name in cache or not name.startswith(("JAX_", "XLA_"))}
+    ours = ("JAX_COMPILATION_CACHE_", "JAX_PERSISTENT_CACHE_", "JAX_DISABLE_MOST_OPTIMIZATIONS")
+    return {
+        key: value for key, value in os.environ.items() if key.startswith(ours) or not key.startswith(("JAX_", "XLA_"))
+    }

@@ -244,7 +244,8 @@ def test_documents_do_not_attend_to_each_other(implementation):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "compute_dtype"), [(MeshConfig(fsdp=1), "float32"), (MeshConfig(replica=2, fsdp=4), "bfloat16")]
+    ("mesh", "compute_dtype"),
+    [(MeshConfig(fsdp=1), "float32"), pytest.param(MeshConfig(replica=2, fsdp=4), "bfloat16", marks=pytest.mark.slow)],
 )
 def test_fifty_steps_with_flash_equal_the_references(mesh, compute_dtype):
     losses = {}

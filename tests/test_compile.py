@@ -19,11 +19,13 @@ CONFIG_FILE = Path(__file__).parents[1] / "configs" / "biomedlm_2_7b.yaml"
 
 
 @pytest.fixture(autouse=True)
-def no_compilation_cache():
-    """What was compiled before must not stand in for the compiler."""
+def compiled_in_full():
+    """What was compiled before, or in haste, must not stand in for the compiler."""
     jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def require(target):
