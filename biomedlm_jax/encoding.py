@@ -126,8 +126,10 @@ def encode(config: FinetuneConfig, tokenizer: Tokenizer, examples: Sequence[Exam
 
 
 def added_ids(config: FinetuneConfig, tokenizer: Tokenizer) -> dict[str, int]:
-    """The ids of the task's special tokens, which follow those of the tokenizer."""
-    return {token: tokenizer.vocab_size + number for number, token in enumerate(config.added_tokens)}
+    """The ids of the task's special tokens, which follow those of the tokenizer unless it has them already."""
+    new = [token for token in config.added_tokens if token not in tokenizer.special]
+    ids = {**tokenizer.special, **{token: tokenizer.vocab_size + number for number, token in enumerate(new)}}
+    return {token: ids[token] for token in config.added_tokens}
 
 
 def prompt_end(config: FinetuneConfig | None, tokenizer: Tokenizer) -> list[int]:

@@ -18,7 +18,7 @@ import tensorstore
 from flax import traverse_util
 from tqdm import tqdm
 
-from biomedlm_jax import adaptation, checkpoint, load, model_card, tokenizer, weights
+from biomedlm_jax import checkpoint, load, model_card, tokenizer, weights
 from biomedlm_jax.config import Config
 from biomedlm_jax.errors import UserError
 from biomedlm_jax.finetune_config import MULTIPLE_CHOICE, FinetuneConfig
@@ -29,7 +29,9 @@ from biomedlm_jax.huggingface import (
     MODEL_FIELDS,
     PREFIX,
     SPECIAL_IDS,
+    TASK_FIELD,
     Tensor,
+    head_tensors,
     new_folder,
     open_arrays,
     parameter_shapes,
@@ -40,6 +42,9 @@ from biomedlm_jax.tasks import TASKS
 from biomedlm_jax.weights import Dtype, Format
 
 logger = logging.getLogger(__name__)
+
+# Settings of a task that say what a run was made of, and not how its model is asked.
+_NOT_OF_A_MODEL = ("name", "train_files", "eval_files")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,24 +132,21 @@ class _Head:
         self.tensors: list[Tensor] = []
         self.fields: dict[str, Any] = {}
         self.code: Path | None = None
-        width = adaptation.scores_per_row(config) if isinstance(config, FinetuneConfig) else 0
-        if not width or not isinstance(config, FinetuneConfig):
+        if not isinstance(config, FinetuneConfig):
             return
-        shape = (width, config.model.n_embd)
+        task = {key: value for key, value in dataclasses.asdict(config.task).items() if key not in _NOT_OF_A_MODEL}
+        self.fields = {TASK_FIELD: {config.task.name: task}}
+        self.tensors = head_tensors(config)
+        if not self.tensors:
+            return
         if config.task.name in MULTIPLE_CHOICE:
             self.architecture, self.loaded_by = "GPT2ForMultipleChoice", "AutoModelForMultipleChoice"
-            # Its bias is 0: see `heads`.
-            self.tensors = [
-                Tensor("classifier.weight", "score/kernel", None, shape),
-                Tensor("classifier.bias", "score/bias", None, (width,)),
-            ]
             self.code = Path(__file__).with_name("multiple_choice_model.py")
-            self.fields = {"auto_map": {self.loaded_by: f"{self.code.stem}.{self.architecture}"}}
+            self.fields |= {"auto_map": {self.loaded_by: f"{self.code.stem}.{self.architecture}"}}
         else:
             self.architecture, self.loaded_by = "GPT2ForSequenceClassification", "AutoModelForSequenceClassification"
-            self.tensors = [Tensor("score.weight", "score/kernel", None, shape)]
             labels = TASKS[config.task.name].labels
-            self.fields = {
+            self.fields |= {
                 "id2label": {str(number): label for number, label in enumerate(labels)},
                 "label2id": {label: number for number, label in enumerate(labels)},
                 "problem_type": "single_label_classification",
@@ -200,6 +202,7 @@ def _open(run_dir: Path, step: int, config: Config | FinetuneConfig, head: _Head
     if paths:
         kernel = arrays["score/kernel"].read().result()
         arrays["score/kernel"] = tensorstore.array(np.ascontiguousarray(kernel.T))
+        # The bias of multiple choice: see `heads`.
         arrays["score/bias"] = tensorstore.array(np.zeros(kernel.shape[1], np.float32))
     return arrays
 

@@ -95,7 +95,7 @@ def _finetune(config: FinetuneConfig, job: Any) -> int:
 
     # ---- The examples, and what depends on them
     tokenizer = load.load_tokenizer(config.run.init_from)
-    config = _with_new_words(config, tokenizer.vocab_size)
+    config = _with_new_words(config, tokenizer)
     train_set = _read(config, tokenizer, "train_files")
     dev_set = _read(config, tokenizer, "eval_files") if as_paths(config.task.eval_files) else None
     if dev_set:
@@ -254,11 +254,11 @@ def _starting_state(
     return checkpointer.restore(latest, abstract), frozen, _Progress(**metadata)
 
 
-def _with_new_words(config: FinetuneConfig, tokenizer_words: int) -> FinetuneConfig:
+def _with_new_words(config: FinetuneConfig, tokenizer: Any) -> FinetuneConfig:
     """The configuration with a vocabulary that has room for the task's special tokens."""
     load.check_architecture(config.run.init_from, config.model, but_words=True)
     there = load.read_config(config.run.init_from).vocab_size
-    words = max(there, tokenizer_words + len(config.added_tokens))
+    words = max(there, tokenizer.vocab_size, *(id_ + 1 for id_ in encoding.added_ids(config, tokenizer).values()))
     if config.model.vocab_size not in (there, words):
         raise UserError(
             f"model.vocab_size is {config.model.vocab_size}, and {config.run.init_from} has {there} words, which "

@@ -13,9 +13,9 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -23,10 +23,11 @@ import tensorstore
 from flax import traverse_util
 from tqdm import tqdm
 
-from biomedlm_jax import checkpoint, model, tokenizer, weights
+from biomedlm_jax import adaptation, checkpoint, model, tokenizer, weights
 from biomedlm_jax.config import Config, ModelConfig, save_config
 from biomedlm_jax.errors import UserError, reason
 from biomedlm_jax.files import complete_folder
+from biomedlm_jax.finetune_config import MULTIPLE_CHOICE, FinetuneConfig, Name, TaskConfig
 from biomedlm_jax.model import Params
 from biomedlm_jax.weights import Entry
 
@@ -100,6 +101,8 @@ _FIXED_FIELDS: dict[str, tuple[Any, ...]] = {
     "tie_word_embeddings": (True,),
 }
 
+# Where the field's own configurations keep what a model was fine-tuned for.
+TASK_FIELD = "task_specific_params"
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 MEMORY_FOLDER = "huggingface"
 _REMEMBERED = ("config.json", "generation_config.json")
@@ -141,6 +144,20 @@ def tensors(config: ModelConfig) -> list[Tensor]:
     return whole[:2] + layers + whole[2:]
 
 
+def head_tensors(config: FinetuneConfig) -> list[Tensor]:
+    """Those of the head that a task's model has, the last ones of the state_dict."""
+    answers = adaptation.scores_per_row(config)
+    weight = (answers, config.model.n_embd)
+    if not answers:
+        return []
+    if config.task.name in MULTIPLE_CHOICE:
+        return [
+            Tensor("classifier.weight", "score/kernel", None, weight),
+            Tensor("classifier.bias", "score/bias", None, (answers,)),
+        ]
+    return [Tensor("score.weight", "score/kernel", None, weight)]
+
+
 # ---------------------------------------------------------------------------------------------------- configuration
 
 
@@ -178,38 +195,66 @@ def read_config(directory: str | Path) -> ModelConfig:
         raise UserError(f"{directory}/config.json: {error}") from error
 
 
+def read_task(directory: str | Path) -> FinetuneConfig | None:
+    """The task of a model that was fine-tuned here and exported, as its config.json tells; None of other models.
+
+    Raises:
+      UserError: it tells what no task has; see `read_config`.
+    """
+    path = Path(directory) / "config.json"
+    # Other models have other things there, such as GPT-2's settings of "text-generation".
+    told: Any = weights.read_json(path).get(TASK_FIELD)
+    name = next((name for name in get_args(Name) if name in told), None) if isinstance(told, dict) else None
+    if name is None:
+        return None
+    try:
+        return FinetuneConfig(task=TaskConfig(name=name, **told[name]), model=read_config(directory))
+    except (TypeError, UserError) as error:
+        raise UserError(f"{path}: {TASK_FIELD}: {error}") from error
+
+
 # ----------------------------------------------------------------------------------------------------- reading a folder
 
 
-def load_params(directory: str | Path) -> tuple[ModelConfig, Params]:
+def load_params(directory: str | Path, head: Sequence[Tensor] = ()) -> tuple[ModelConfig, Params]:
     """The model in a folder: config.json and model.safetensors or pytorch_model.bin, whole or in shards.
 
     Tensors are read one at a time into stacked float32 arrays. No pickle is executed.
+
+    Args:
+      head: `head_tensors` of a model that has them. A bias that is the same for all choices is left out: see `heads`.
 
     Raises:
       UserError: see `read_config`; files are damaged; tensors are missing, unknown, or of other shapes or types than
         the configuration's; lists all of them.
     """
     directory = Path(directory)
-    config, entries = _checked_entries(directory)
-    flat = {path: np.empty(shape, np.float32) for path, shape in parameter_shapes(config).items()}
-    for tensor, value in _read_entries(directory, config, entries):
+    config, expected, entries = _checked_entries(directory, head)
+    shapes = parameter_shapes(config) | {tensor.path: tensor.shape for tensor in head}
+    flat = {path: np.empty(shape, np.float32) for path, shape in shapes.items()}
+    for tensor, value in _read_entries(directory, expected, entries):
         tensor.of(flat)[...] = value
+    if head:
+        flat["score/kernel"] = flat["score/kernel"].T
+        flat.pop("score/bias", None)
     return config, traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _checked_entries(directory: Path) -> tuple[ModelConfig, dict[str, Entry]]:
+def _checked_entries(
+    directory: Path, head: Sequence[Tensor] = ()
+) -> tuple[ModelConfig, list[Tensor], dict[str, Entry]]:
+    """The configuration, the tensors that a folder must hold, and those that it holds, which are the same."""
     config = read_config(directory)
+    expected = [*tensors(config), *head]
     entries, problems = _strip_prefix(weights.read_entries(directory))
-    _check(directory, entries, tensors(config), problems)
-    return config, entries
+    _check(directory, entries, expected, problems)
+    return config, expected, entries
 
 
 def _read_entries(
-    directory: Path, config: ModelConfig, entries: dict[str, Entry]
+    directory: Path, expected: list[Tensor], entries: dict[str, Entry]
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
     """Every tensor of the model, in float32; says so if there is another head beside them."""
-    expected = tensors(config)
     with progress_of(f"reading {directory}", sum(math.prod(tensor.shape) * 4 for tensor in expected)) as progress:
         for tensor in expected:
             yield tensor, entries[tensor.name].read().astype(np.float32, copy=False)
@@ -286,9 +331,9 @@ def import_model(directory: str | Path, run_dir: str | Path) -> ModelConfig:
     if not directory.is_dir():
         raise UserError(f"{directory} is no folder; download a model first: hf download OWNER/NAME --local-dir DIR")
     with new_folder(run_dir) as folder:
-        config, entries = _checked_entries(directory)
+        config, expected, entries = _checked_entries(directory)
         arrays = create_checkpoint(folder, config)
-        for tensor, value in _read_entries(directory, config, entries):
+        for tensor, value in _read_entries(directory, expected, entries):
             tensor.of(arrays).write(value).result()
         save_config(Config(model=config), folder / checkpoint.CONFIG_FILE)
         try:

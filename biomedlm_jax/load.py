@@ -202,9 +202,12 @@ def document_attention(path: str | Path) -> bool:
 
 
 def read_task(path: str | Path) -> FinetuneConfig | None:
-    """The configuration of a fine-tuning run; None of other folders."""
-    config = checkpoint.read_config(path) if _is_run(Path(path)) else None
-    return config if isinstance(config, FinetuneConfig) else None
+    """The configuration of a fine-tuning run, or as much of it as goes into an export; None of other folders."""
+    path = Path(path)
+    if _is_run(path):
+        config = checkpoint.read_config(path)
+        return config if isinstance(config, FinetuneConfig) else None
+    return huggingface.read_task(path) if (path / "config.json").is_file() else None
 
 
 def load_params(path: str | Path, step: int | None = None, shardings: Params | None = None) -> Params:
@@ -219,24 +222,20 @@ def load_params(path: str | Path, step: int | None = None, shardings: Params | N
       UserError: see `load_model`.
     """
     path = Path(path)
-    if task := read_task(path):
-        return _load_finetuned(path, task, step, shardings)
+    task = read_task(path)
     if _is_run(path):
-        return checkpoint.load_params(path, step, shardings)
+        return _load_finetuned(path, task, step, shardings) if task else checkpoint.load_params(path, step, shardings)
     if step is not None:
         raise UserError(f"{path} is a Hugging Face folder, which has no steps")
-    flat = traverse_util.flatten_dict(huggingface.load_params(path)[1], sep="/")
-    where = traverse_util.flatten_dict(shardings, sep="/") if shardings else dict.fromkeys(flat)
+    head = huggingface.head_tensors(task) if task else ()
+    flat = traverse_util.flatten_dict(huggingface.load_params(path, head)[1], sep="/")
+    where = _on_mesh_of(shardings, flat) or dict.fromkeys(flat)
     # One at a time, so that the model is never in memory twice.
     return traverse_util.unflatten_dict({name: _place(flat.pop(name), where[name]) for name in list(flat)}, sep="/")
 
 
 def _load_finetuned(path: Path, config: FinetuneConfig, step: int | None, shardings: Params | None) -> Params:
-    mesh = jax.tree.leaves(shardings)[0].mesh if shardings else None
-
-    def lie(abstract: Params) -> Params | None:
-        return sharding.tree_shardings(mesh, abstract) if mesh else None
-
+    lie = functools.partial(_on_mesh_of, shardings)
     abstract, _ = adaptation.abstract_start(config)
     trained = checkpoint.restore_params(path, checkpoint.find_step(path, step), abstract, lie(abstract))
     if not adaptation.lora_of(config):
@@ -247,6 +246,11 @@ def _load_finetuned(path: Path, config: FinetuneConfig, step: int | None, shardi
         raise UserError(f"{path} holds what LoRA trained beside the weights of run.init_from: {error}") from error
     finish = functools.partial(adaptation.finish, config)
     return jax.jit(finish, out_shardings=lie(jax.eval_shape(finish, trained, base)))(trained, base)
+
+
+def _on_mesh_of(shardings: Params | None, params: Params) -> Params | None:
+    """How parameters lie on the mesh of other ones."""
+    return sharding.tree_shardings(jax.tree.leaves(shardings)[0].mesh, params) if shardings else None
 
 
 def _place(array: np.ndarray, where: jax.sharding.Sharding | None) -> Array:

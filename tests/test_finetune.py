@@ -154,6 +154,11 @@ def test_exported_models_answer_alike_in_transformers(run, world, tmp_path):
             np.testing.assert_allclose(model(ids).logits, ours(ids.numpy()), atol=1e-4)
         return
     found = evaluation.evaluate(folder, name, [str(world / f"{name}.dev.jsonl")])
+    # What was exported knows its task, and answers here, too.
+    again = evaluation.evaluate(tmp_path / "hf", name, [str(world / f"{name}.dev.jsonl")])
+    for line, same in zip(found.predictions, again.predictions, strict=True):
+        assert same["prediction"] == line["prediction"]
+        assert same["scores"] == pytest.approx(line["scores"], abs=1e-6)
     records = map(json.loads, (world / f"{name}.dev.jsonl").read_text().splitlines())
     for line, record in zip(found.predictions, records, strict=True):
         if name == "medmcqa":

@@ -339,6 +339,26 @@ def test_missing_configuration_fields_mean_what_they_mean_to_transformers():
     assert ours == {name: defaults[name] for name in GPT2_OWN_FIELDS}
 
 
+def test_the_task_of_an_export(tmp_path):
+    write_folder(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+
+    def read(told):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"task_specific_params": told}))
+        return huggingface.read_task(tmp_path)
+
+    # GPT-2's own configuration has the first.
+    for told in ({"text-generation": {"do_sample": True, "max_length": 50}}, None, [], {}):
+        assert read(told) is None
+    longest = config["n_positions"]
+    task = read({"medqa": {"max_length": longest, "truncation_side": "left"}})
+    assert (task.task.name, task.task.max_length, task.task.truncation_side) == ("medqa", longest, "left")
+    assert task.model == huggingface.read_config(tmp_path)
+    for wrong in ({"max_lenght": 64}, {"max_length": 1}, {"max_length": "64"}, 3):
+        with pytest.raises(UserError, match=r"config.json: task_specific_params"):
+            read({"medqa": wrong})
+
+
 def test_all_wrong_tensors_are_listed_at_once(tmp_path):
     tensors = write_folder(tmp_path)
     del tensors["transformer.h.1.ln_2.bias"], tensors["transformer.wpe.weight"]

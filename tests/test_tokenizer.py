@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_texts import TRICKY, corpus, fuzzed_texts, without_surrogates
 
+from biomedlm_jax import encoding
 from biomedlm_jax.errors import UserError
+from biomedlm_jax.finetune_config import FinetuneConfig
 from biomedlm_jax.tokenizer import EOS, ByteLevelTokenizer, export_tokenizer, load_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -274,6 +276,17 @@ def test_an_exported_or_saved_folder_holds_the_same_tokenizer(tokenizer, tmp_pat
         loaded = load_tokenizer(tmp_path / name)
         assert (loaded.fingerprint, loaded.eos_id) == (tokenizer.fingerprint, tokenizer.eos_id)
         assert loaded.encode_batch(texts) == tokenizer.encode_batch(texts)
+
+
+def test_the_words_of_a_task_keep_their_ids_in_an_export(tokenizer, tmp_path):
+    config = FinetuneConfig()
+    ids = encoding.added_ids(config, tokenizer)
+    assert list(ids) == ["[PAD]", "[CLS]", "[SEP]"]
+    assert list(ids.values()) == [tokenizer.vocab_size + number for number in range(3)]
+    export_tokenizer(tokenizer, tmp_path, added_tokens=config.added_tokens)
+    loaded = load_tokenizer(tmp_path)
+    assert encoding.added_ids(config, loaded) == ids
+    assert loaded.encode("a[SEP]") == tokenizer.encode("a[SEP]")
 
 
 def test_export_needs_neither_torch_nor_transformers(sentencepiece_dir, tmp_path):

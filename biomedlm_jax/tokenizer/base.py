@@ -35,11 +35,13 @@ class Tokenizer(ABC):
       files: the files that `load_tokenizer` reads, by name.
       vocab_size: number of ids.
       eos_id: id of `<|endoftext|>`, which no text encodes to.
+      special: ids of it and of other tokens that no text encodes to, by name.
       fingerprint: SHA-256 of the files, in hexadecimal.
     """
 
     vocab_size: int
     eos_id: int
+    special: Mapping[str, int]
     _words: re.Pattern[str] | None = None
     """Finds the parts of a text, all of it in order, over whose ends no token reaches; None: there are no such."""
 

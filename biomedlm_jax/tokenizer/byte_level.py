@@ -55,10 +55,10 @@ class ByteLevelTokenizer(Tokenizer):
 
         words = token_ids(vocab, "vocab.json")
         special = {EOS: words.get(EOS, len({**words, **added})), **added}
-        self._special = {name: special[name] for name in sorted(special, key=special.__getitem__)}
-        super().__init__({"vocab.json": vocab, "merges.txt": merges, "added_tokens.json": json_bytes(self._special)})
-        ids = {**words, **self._special}
-        self.vocab_size, self.eos_id = len(ids), self._special[EOS]
+        self.special = {name: special[name] for name in sorted(special, key=special.__getitem__)}
+        super().__init__({"vocab.json": vocab, "merges.txt": merges, "added_tokens.json": json_bytes(self.special)})
+        ids = {**words, **self.special}
+        self.vocab_size, self.eos_id = len(ids), self.special[EOS]
         if sorted(ids.values()) != list(range(self.vocab_size)):
             raise UserError(f"vocab.json and the added tokens do not number their {self.vocab_size} tokens from 0 on")
         missing = [symbol for symbol in tokenizers.pre_tokenizers.ByteLevel.alphabet() if symbol not in words]
@@ -84,12 +84,12 @@ class ByteLevelTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, without special tokens."""
-        special = self._special.values()
+        special = self.special.values()
         return self._backend.decode([int(token) for token in ids if token not in special])
 
     def piece(self, token: int) -> str:
         """GPT-2's way to write a token: each character stands for a byte, `Ġ` for a space."""
-        special = {number: name for name, number in self._special.items()}
+        special = {number: name for name, number in self.special.items()}
         return special.get(token) or self._backend.id_to_token(token) or ""
 
     def hugging_face(self) -> tokenizers.Tokenizer:
@@ -98,5 +98,5 @@ class ByteLevelTokenizer(Tokenizer):
 
         # A copy: the one that encodes must not know special tokens, or it would find them in texts.
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
-        backend.add_special_tokens(list(self._special))
+        backend.add_special_tokens(list(self.special))
         return backend

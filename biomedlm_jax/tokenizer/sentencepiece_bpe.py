@@ -45,6 +45,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(f"tokenizer.model is no SentencePiece model: {error}") from error
         self.vocab_size = self._processor.get_piece_size()
         self.eos_id = self.vocab_size - 1
+        self.special = {EOS: self.eos_id}
         if self.piece(self.eos_id) != EOS or not self._processor.is_control(self.eos_id):
             raise UserError(
                 f"tokenizer.model was not trained by this package: its last piece is "
