@@ -6,6 +6,7 @@ python -m biomedlm_jax.evaluate --checkpoint RUN --task medqa --data FILE...
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any, get_args
 
@@ -104,8 +105,10 @@ def _line(results: dict[str, Any]) -> str:
 
 def _evaluate_task(args: argparse.Namespace) -> None:
     output = Path(args.output or Path(args.checkpoint) / evaluation.FOLDER / args.task)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a file: with --task it is a folder")
+    # Before the work, whose result it shall hold; made at the end, so that a failure leaves nothing.
+    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UserError(f"--output {output} cannot be made, as {there} is no folder that can be written to")
     evaluated = evaluation.evaluate(
         args.checkpoint,
         args.task,

@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from biomedlm_jax import convert, load_model, metrics, perplexity, report, synthetic
+from biomedlm_jax import evaluate as evaluate_command
 from biomedlm_jax import train as train_lib
 from biomedlm_jax.corpus import Selection
 from biomedlm_jax.errors import UserError
@@ -123,6 +124,23 @@ def test_mistakes_are_named(run, tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             evaluate(path, files)
+
+
+def test_a_folder_that_cannot_be_made_is_named_before_the_work(run, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    args = [
+        "--checkpoint",
+        str(run),
+        "--task",
+        "medqa",
+        "--data",
+        "none.jsonl",
+        "--output",
+        str(tmp_path / "file" / "a"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *args])
+    with pytest.raises(UserError, match="--output .*a cannot be made, as .*file is no folder that can be written to"):
+        evaluate_command.main()
 
 
 def test_report_draws_and_prints(run, monkeypatch, capsys):
