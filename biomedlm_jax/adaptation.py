@@ -71,6 +71,13 @@ def start(config: FinetuneConfig, params: Params | None = None) -> tuple[Params,
     return split(config, with_new_parts(config, params))
 
 
+def checksum(params: Params) -> int:
+    """Tells a model's checkpoints apart: the sum of the bits of its LayerNorms, which each step moves."""
+    norms = [x for path, x in traverse_util.flatten_dict(params).items() if path[-2].startswith("ln_")]
+    bits = [jax.lax.bitcast_convert_type(x, jnp.uint32).sum(dtype=jnp.uint32) for x in norms]
+    return int(sum(bits[1:], bits[0]))
+
+
 def finish(config: FinetuneConfig, trained: Params, base: Params) -> Params:
     """Parameters of a whole model: what LoRA trained, merged into the model that it started from; to be compiled."""
     flat = traverse_util.flatten_dict(combine(with_new_parts(config, base), trained))

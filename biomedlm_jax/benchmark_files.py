@@ -64,7 +64,8 @@ def _broken(file: str, line: int, what: object) -> UserError:
 def _text(file: str) -> str:
     data = _content(file)
     try:
-        return data.decode("utf-8-sig")
+        # Lines may end as Windows ends them.
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise _broken(file, data.count(b"\n", 0, error.start) + 1, "not UTF-8") from error
 

@@ -198,12 +198,23 @@ def find_step(run_dir: str | Path, step: int | None = None) -> int:
         if step not in steps:
             raise UserError(f"{run_dir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
         return step
-    metadata = folder / str(steps[-1]) / "metadata"
-    if isinstance(read_config(run_dir), FinetuneConfig) and metadata.is_dir():
-        with _explained(metadata.parent), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            best = checkpointer.restore(metadata).get("best_step")
-        return best if best in steps else steps[-1]
+    if isinstance(read_config(run_dir), FinetuneConfig):
+        best = read_metadata(run_dir, steps[-1]).get("best_step")
+        return next((found for found in steps if found == best), steps[-1])
     return steps[-1]
+
+
+def read_metadata(run_dir: str | Path, step: int) -> dict[str, Any]:
+    """What `Checkpointer.save` was given beside the state of a step; nothing of weights without a state.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    folder = checkpoint_folder(run_dir) / str(step) / "metadata"
+    if not folder.is_dir():
+        return {}
+    with _explained(folder.parent), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(folder)
 
 
 def load_params(run_dir: str | Path, step: int | None = None, shardings: Params | None = None) -> Params:

@@ -149,7 +149,7 @@ def _choices(config: FinetuneConfig, tokenizer: Tokenizer, examples: Sequence[Mu
 
 
 def _texts(config: FinetuneConfig, tokenizer: Tokenizer, examples: Sequence[Classification]) -> Any:
-    contexts = tokenizer.encode_batch([example.context for example in examples])
+    contexts = tokenizer.encode_batch([" ".join(example.contexts) for example in examples])
     questions = tokenizer.encode_batch([example.question for example in examples])
     return _cut(config, [[context + question] for context, question in zip(contexts, questions, strict=True)], examples)
 

@@ -35,8 +35,8 @@ class _AboveProgressBars(logging.Handler):
 def run_command(main: Callable[[], int | None]) -> None:
     """Runs a command's `main` and exits the process: its status, or one line on standard error for a user's mistake.
 
-    A `UserError`, Ctrl-C, a missing or unreadable file, and a full disk end without a traceback; anything else is
-    a defect of ours and keeps its traceback.
+    A `UserError`, Ctrl-C, a closed pipe, a missing or unreadable file, and a full disk end without a traceback;
+    anything else is a defect of ours and keeps its traceback.
     """
     package_logger = logging.getLogger("biomedlm_jax")
     package_logger.setLevel(logging.INFO)
@@ -56,6 +56,10 @@ def run_command(main: Callable[[], int | None]) -> None:
         sys.stdout.flush()
         # Threads that compile or save may be at work: leave without taking the interpreter apart under them.
         os._exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        # Of `| head`, who has read enough; what is left in the buffer must not be written at the exit, either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         message = explain(error)
         if message is None:

@@ -115,13 +115,17 @@ def _evaluate_task(args: argparse.Namespace) -> None:
         args.data,
         step=args.step,
         batch_size=args.batch_size,
-        shots=evaluation.Shots(_shots(args), args.choices, args.rule),
+        shots=evaluation.Shots(_shots(args), args.choices, args.rule) if _asks_for_likelihood(args) else None,
         new_tokens=args.max_new_tokens,
     )
     output.mkdir(parents=True, exist_ok=True)
     evaluation.write(evaluated, output)
     print(scoring.describe(evaluated.results))
     print(f"written to {output}: {evaluation.PREDICTIONS_FILE}, {evaluation.RESULTS_FILE}")
+
+
+def _asks_for_likelihood(args: argparse.Namespace) -> bool:
+    return bool(args.shots or args.shots_data) or (args.choices, args.rule) != ("texts", "length")
 
 
 def _shots(args: argparse.Namespace) -> list[Any]:

@@ -15,10 +15,10 @@ from biomedlm_jax import adaptation, decoding, encoding, generation, heads, like
 from biomedlm_jax.config import Config
 from biomedlm_jax.errors import UserError
 from biomedlm_jax.files import replace_file
-from biomedlm_jax.finetune_config import FinetuneConfig, Name
+from biomedlm_jax.finetune_config import GENERATION, MULTIPLE_CHOICE, FinetuneConfig, Name
 from biomedlm_jax.generation_config import GenerationConfig
 from biomedlm_jax.likelihood import Choices
-from biomedlm_jax.tasks import LETTERS, TASKS, Classification, Example, Generation, MultipleChoice
+from biomedlm_jax.tasks import LETTERS, TASKS, Example, Generation, MultipleChoice
 
 logger = logging.getLogger(__name__)
 
@@ -75,23 +75,32 @@ def evaluate(
     """
     examples = TASKS[name].read(files)
     tuned = load.read_task(path)
+    step = load.find_step(path, step)
     if tuned and adaptation.scores_per_row(tuned):
-        return _by_head(path, tuned, name, examples, step, batch_size)
-    if isinstance(examples[0], Generation):
-        return _by_writing(path, tuned, examples, step, batch_size, new_tokens)
-    return _by_likelihood(path, name, examples, step, batch_size, shots or Shots())
+        if shots:
+            raise UserError(f"{path} answers by its head: it takes no shots, choices or rule of likelihoods")
+        found = _by_head(path, tuned, name, examples, step, batch_size)
+    elif isinstance(examples[0], Generation):
+        found = _by_writing(path, tuned, examples, step, batch_size, new_tokens)
+    else:
+        found = _by_likelihood(path, name, examples, step, batch_size, shots or Shots())
+    asked = {"task": name, "checkpoint": str(path), "step": step, "data": [Path(file).name for file in files]}
+    return dataclasses.replace(found, results={**asked, "examples": len(examples), **found.results})
 
 
 def _by_head(
     path: str | Path, tuned: FinetuneConfig, name: Name, examples: list[Example], step: int | None, batch_size: int
 ) -> Evaluation:
-    asked = dataclasses.replace(tuned, task=dataclasses.replace(tuned.task, name=name), model=load.read_config(path))
-    same_kind = asked.added_tokens == tuned.added_tokens and isinstance(examples[0], MultipleChoice | Classification)
-    if not same_kind or TASKS[name].labels != TASKS[tuned.task.name].labels:
+    if (name in MULTIPLE_CHOICE) != (tuned.task.name in MULTIPLE_CHOICE) or (
+        TASKS[name].labels != TASKS[tuned.task.name].labels or name in GENERATION
+    ):
         raise UserError(
             f"{path} has a head for {tuned.task.name}{_labels(tuned.task.name)}, and {name}{_labels(name)} needs "
             f"another: fine-tune the model on {name}"
         )
+    # How attention is computed is a matter of the device that it is computed on.
+    model = dataclasses.replace(tuned.model, attention="auto")
+    asked = dataclasses.replace(tuned, task=dataclasses.replace(tuned.task, name=name), model=model)
     mesh = load.make_mesh(asked.model)
     encoded = encoding.encode(asked, load.load_tokenizer(path), examples)
     logger.info("%s", encoded.description(asked))
@@ -107,7 +116,7 @@ def _by_head(
     with jax.set_mesh(mesh):
         params = load.load_on_mesh(path, step, mesh)
         found = scoring.gather(heads.jit_scores(asked, mesh), params, batches, len(encoded))
-    return _answered(path, name, examples, found, {"answered_by": "head", "cut": encoded.cut})
+    return _answered(name, examples, found, {"answered_by": "head", "cut": encoded.cut})
 
 
 def _labels(name: str) -> str:
@@ -139,7 +148,7 @@ def _by_likelihood(
     known, labels = _known(examples)
     if known:
         about["accuracy_by_rule"] = {rule: scoring.accuracy(found[known], labels) for rule, found in padded.items()}
-    return _answered(path, name, examples, padded[shots.rule], about)
+    return _answered(name, examples, padded[shots.rule], about)
 
 
 def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
@@ -159,9 +168,7 @@ def _known(examples: Sequence[Example]) -> tuple[list[int], np.ndarray]:
     return known, np.array([labels[i] for i in known], int)
 
 
-def _answered(
-    path: str | Path, name: str, examples: list[Example], scores: np.ndarray, about: dict[str, Any]
-) -> Evaluation:
+def _answered(name: str, examples: list[Example], scores: np.ndarray, about: dict[str, Any]) -> Evaluation:
     names: Sequence[str] = TASKS[name].labels or LETTERS
     predictions = [
         {
@@ -172,11 +179,10 @@ def _answered(
         }
         for example, row in zip(examples, scores, strict=True)
     ]
-    results = {"task": name, "checkpoint": str(path), "examples": len(examples), **about}
     known, labels = _known(examples)
     if not known:
-        return Evaluation(predictions, results)
-    results |= summary(scores[known], labels, names, name)
+        return Evaluation(predictions, about)
+    results = about | summary(scores[known], labels, names, name)
     return Evaluation(predictions, results, scoring.calibration(scores[known], labels))
 
 
@@ -213,12 +219,13 @@ def _by_writing(
     load.check_language_model(path)
     model, tokenizer = load.read_config(path), load.load_tokenizer(path)
     most_source = tuned.task.max_source_length if tuned else model.n_positions
-    new_tokens = new_tokens or (tuned.task.max_target_length + 1 if tuned else 100)
+    if new_tokens is None:
+        new_tokens = tuned.task.max_target_length + 1 if tuned else 100
     config = dataclasses.replace(TEXT_GENERATION, max_new_tokens=new_tokens)
     sources = tokenizer.encode_batch([example.source for example in examples])  # type: ignore[union-attr]
     cut = sum(len(ids) > most_source for ids in sources)
     prompts = [ids[:most_source] + encoding.prompt_end(tuned, tokenizer) for ids in sources]
-    generation.check_prompts(model, config, prompts)
+    generation.check_prompts(model, config, prompts, [f"the source of {example.id}" for example in examples])
     weights = decoding.lay_out(model, load.load_on_mesh(path, step, load.make_mesh(model)))
     made = generation.generate_all(model, weights, prompts, config, tokenizer.eos_id, batch_size)
     texts = [generation.text_of(tokenizer, one.tokens).strip() for one in made]
@@ -227,14 +234,7 @@ def _by_writing(
         {"id": example.id, "prediction": text, "gold": target}
         for example, text, target in zip(examples, texts, targets, strict=True)
     ]
-    results = {
-        "task": "generation",
-        "checkpoint": str(path),
-        "examples": len(examples),
-        "answered_by": "writing",
-        "cut": cut,
-        "settings": dataclasses.asdict(config),
-    }
+    results: dict[str, Any] = {"answered_by": "writing", "cut": cut, "settings": dataclasses.asdict(config)}
     pairs = [(target, text) for target, text in zip(targets, texts, strict=True) if target is not None]
     return Evaluation(predictions, results | ({"answered": len(pairs), **scoring.rouge(pairs)} if pairs else {}))
 
@@ -244,6 +244,7 @@ def write(evaluation: Evaluation, folder: Path) -> None:
     lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in evaluation.predictions)
     replace_file(folder / PREDICTIONS_FILE, lines.encode())
     replace_file(folder / RESULTS_FILE, json.dumps(evaluation.results, indent=2).encode() + b"\n")
+    (folder / PICTURE_FILE).unlink(missing_ok=True)
     if evaluation.calibration:
         _draw(evaluation.results, *evaluation.calibration, folder / PICTURE_FILE)
 

@@ -29,22 +29,19 @@ from biomedlm_jax.huggingface import (
     MODEL_FIELDS,
     PREFIX,
     SPECIAL_IDS,
-    TASK_FIELD,
     Tensor,
     head_tensors,
     new_folder,
     open_arrays,
     parameter_shapes,
     progress_of,
+    task_fields,
     tensors,
 )
 from biomedlm_jax.tasks import TASKS
 from biomedlm_jax.weights import Dtype, Format
 
 logger = logging.getLogger(__name__)
-
-# Settings of a task that say what a run was made of, and not how its model is asked.
-_NOT_OF_A_MODEL = ("name", "train_files", "eval_files")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +104,7 @@ def export(
                 folder,
                 model_max_length=config.model.n_positions,
                 added_tokens=config.added_tokens if isinstance(config, FinetuneConfig) else (),
+                truncation_side=config.task.truncation_side if isinstance(config, FinetuneConfig) else "right",
             )
         else:
             logger.warning("%s has no tokenizer, and neither has what is exported", run_dir)
@@ -134,8 +132,7 @@ class _Head:
         self.code: Path | None = None
         if not isinstance(config, FinetuneConfig):
             return
-        task = {key: value for key, value in dataclasses.asdict(config.task).items() if key not in _NOT_OF_A_MODEL}
-        self.fields = {TASK_FIELD: {config.task.name: task}}
+        self.fields = task_fields(config)
         self.tensors = head_tensors(config)
         if not self.tensors:
             return

@@ -19,7 +19,9 @@ def replace_file(path: str | Path, content: bytes) -> None:
 
 
 def check_output(option: str, path: str | None) -> None:
-    """Raises: UserError: the file that an option names, if any, would lie in a folder that is not there."""
+    """Raises: UserError: the file that an option names, if any, is a folder, or would lie in one that is not there."""
+    if path and Path(path).is_dir():
+        raise UserError(f"{option} {path} is a folder: name a file")
     if path and not Path(path).absolute().parent.is_dir():
         raise UserError(f"{option} {path}: there is no such folder")
 

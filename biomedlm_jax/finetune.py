@@ -179,6 +179,8 @@ class _Progress:
     best: list[float] | None = None
     """Of the best evaluation what is compared, the higher the better: accuracy, then the loss below 0."""
     evaluations_since: int = 0
+    base: dict[str, Any] | None = None
+    """Of LoRA, what tells the weights that it is trained beside from others; see `load.load_base`."""
 
     def after(self, done: int, results: dict[str, float]) -> "_Progress":
         """With another evaluation."""
@@ -186,7 +188,7 @@ class _Progress:
             return self
         value = [results.get("eval/accuracy", 0.0), -results["eval/loss"]]
         if self.best is None or value > self.best:
-            return _Progress(done, value)
+            return _Progress(done, value, base=self.base)
         return dataclasses.replace(self, evaluations_since=self.evaluations_since + 1)
 
     def out_of_patience(self, config: FinetuneConfig) -> bool:
@@ -229,10 +231,16 @@ def _starting_state(
     trained, frozen = adaptation.abstract_start(config)
     state = jax.eval_shape(init_state, trained)
     state_shardings = sharding.tree_shardings(mesh, state)
+    progress = _Progress()
+    if latest is not None:
+        metadata = checkpointer.metadata(latest)
+        running.check_identity(metadata.pop("data"), identity, config.run.dir)
+        progress = _Progress(**metadata)
     base = None
     if latest is None or frozen:
         there = load.mesh_shardings(config.run.init_from, mesh)
-        base = load.start_from(config.run.init_from, config.model, there, but_words=True)
+        base, known = load.load_base(config.run.dir, config, progress.base, there)
+        progress = dataclasses.replace(progress, base=known if frozen else None)
     if latest is None:
 
         def make(base: Any) -> tuple[Any, Any]:
@@ -240,9 +248,7 @@ def _starting_state(
             return init_state(trained), frozen
 
         logger.info("weights: of %s", config.run.init_from)
-        return *jax.jit(make, out_shardings=(state_shardings, sharding.tree_shardings(mesh, frozen)))(base), _Progress()
-    metadata = checkpointer.metadata(latest)
-    running.check_identity(metadata.pop("data"), identity, config.run.dir)
+        return *jax.jit(make, out_shardings=(state_shardings, sharding.tree_shardings(mesh, frozen)))(base), progress
     if frozen:
         frozen = jax.jit(
             lambda base: adaptation.start(config, base)[1], out_shardings=sharding.tree_shardings(mesh, frozen)
@@ -251,7 +257,7 @@ def _starting_state(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, state_shardings
     )
     logger.info("weights: going on from step %d of %s", latest, config.run.dir)
-    return checkpointer.restore(latest, abstract), frozen, _Progress(**metadata)
+    return checkpointer.restore(latest, abstract), frozen, progress
 
 
 def _with_new_words(config: FinetuneConfig, tokenizer: Any) -> FinetuneConfig:

@@ -54,7 +54,13 @@ def _generate(args: argparse.Namespace, config: GenerationConfig) -> None:
     if args.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, not {args.batch_size}")
     check_output("--output", args.output)
-    texts = args.prompt or _read_prompts(args.prompt_file)
+    if args.prompt:
+        texts, names = args.prompt, [f"prompt {number}" for number in range(1, len(args.prompt) + 1)]
+    else:
+        texts, names = _read_prompts(args.prompt_file)
+    for name, text in zip(names, texts, strict=True):
+        if not text.strip():
+            raise UserError(f"{name} is empty")
     load.check_language_model(args.checkpoint)
     model, tokenizer = load.read_config(args.checkpoint), load.load_tokenizer(args.checkpoint)
     if args.dtype:
@@ -65,7 +71,7 @@ def _generate(args: argparse.Namespace, config: GenerationConfig) -> None:
     tuned = load.read_task(args.checkpoint)
     end = encoding.prompt_end(tuned, tokenizer)
     prompts = [start + ids + end for ids in tokenizer.encode_batch(texts)]
-    generation.check_prompts(model, config, prompts)
+    generation.check_prompts(model, config, prompts, names)
     # Over all devices; where they are several, XLA slices activations as the weights are, and sums them.
     weights = decoding.lay_out(model, load.load_on_mesh(args.checkpoint, args.step, load.make_mesh(model)))
     print(model_card.LIMITS, file=sys.stderr)
@@ -76,6 +82,9 @@ def _generate(args: argparse.Namespace, config: GenerationConfig) -> None:
         shown.end()
         return
     made = generation.generate_all(model, weights, prompts, config, tokenizer.eos_id, args.batch_size)
+    if len(texts) == 1 and not args.output:
+        print(texts[0] + generation.text_of(tokenizer, next(made).tokens))
+        return
     lines = (_line(tokenizer, *pair) for pair in zip(texts, made, strict=True))
     if not args.output:
         for line in lines:
@@ -96,31 +105,34 @@ def _line(tokenizer: Any, prompt: str, made: Any) -> str:
     return json.dumps(found, ensure_ascii=False)
 
 
-def _read_prompts(file: str) -> list[str]:
-    """The prompts in a file.
+def _read_prompts(file: str) -> tuple[list[str], list[str]]:
+    """The prompts in a file, and where each stands.
 
     Raises:
       UserError: it cannot be read, or a prompt is no text; names the line.
     """
-    prompts = []
+    prompts, places = [], []
     for line, record in benchmark_files.records(file):
         prompt = record.get("prompt") if isinstance(record, dict) else record
         if not isinstance(prompt, str) or not prompt.strip():
             raise UserError(f"{file}:{line}: there is no prompt; a record is a line of text, or an object with prompt")
         prompts.append(prompt)
+        places.append(f"{file}:{line}: the prompt")
     if not prompts:
         raise UserError(f"{file}: there are no prompts in it")
-    return prompts
+    return prompts, places
 
 
 class _Stream:
-    """Shows a text as it is made. What is not whole yet, as half a character, waits."""
+    """Shows a text as it is made, behind its prompt. What is not whole yet, as half a character, waits."""
 
     def __init__(self, tokenizer: Any, prompt: str):
-        self._tokenizer, self._ids, self._shown = tokenizer, list[int](), 0
-        print(prompt, end="", flush=True)
+        self._tokenizer, self._prompt, self._ids, self._shown = tokenizer, prompt, list[int](), 0
 
     def __call__(self, tokens: "np.ndarray") -> None:
+        # Not before there is a token: messages come while the model is compiled.
+        print(self._prompt, end="")
+        self._prompt = ""
         if tokens[0] != self._tokenizer.eos_id:
             self._ids.append(int(tokens[0]))
             self._show(generation.text_of(self._tokenizer, self._ids).rstrip("\ufffd"))

@@ -216,18 +216,24 @@ class Generated:
     ended: bool
 
 
-def check_prompts(model: ModelConfig, config: GenerationConfig, prompts: Sequence[Sequence[int]]) -> None:
+def check_prompts(
+    model: ModelConfig, config: GenerationConfig, prompts: Sequence[Sequence[int]], names: Sequence[str] = ()
+) -> None:
     """Refuses prompts that cannot be continued.
+
+    Args:
+      names: what messages call them; by default their numbers.
 
     Raises:
       UserError: one is empty, or with `max_new_tokens` longer than the model reads.
     """
-    for number, prompt in enumerate(prompts, 1):
+    for number, prompt in enumerate(prompts):
+        name = names[number] if names else f"prompt {number + 1}"
         if not prompt:
-            raise UserError(f"prompt {number} is empty")
+            raise UserError(f"{name} is empty")
         if len(prompt) + config.max_new_tokens > model.n_positions:
             raise UserError(
-                f"prompt {number} has {len(prompt)} tokens, and with max_new_tokens {config.max_new_tokens} is longer "
+                f"{name} has {len(prompt)} tokens, and with max_new_tokens {config.max_new_tokens} is longer "
                 f"than the {model.n_positions} that the model reads: shorten the prompt or lower max_new_tokens"
             )
 

@@ -1,6 +1,7 @@
 """How the next token is chosen: settings of `generation.generate` and of the command `generate`."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +45,11 @@ class GenerationConfig:
             ("no_repeat_ngram_size", 0, None),
             ("top_p", 0, 1),
             ("repetition_penalty", 0, None),
+            ("length_penalty", -math.inf, None),
         ):
             value = getattr(self, name)
+            if not math.isfinite(value):
+                raise UserError(f"{name} must be a finite number, not {value}")
             if not value >= low or (high is not None and value > high):
                 between = f"at least {low}" if high is None else f"in [{low}, {high}]"
                 raise UserError(f"{name} must be {between}, not {value}")

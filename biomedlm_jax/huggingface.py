@@ -27,7 +27,7 @@ from biomedlm_jax import adaptation, checkpoint, model, tokenizer, weights
 from biomedlm_jax.config import Config, ModelConfig, save_config
 from biomedlm_jax.errors import UserError, reason
 from biomedlm_jax.files import complete_folder
-from biomedlm_jax.finetune_config import MULTIPLE_CHOICE, FinetuneConfig, Name, TaskConfig
+from biomedlm_jax.finetune_config import GENERATION, MULTIPLE_CHOICE, FinetuneConfig, Name, TaskConfig
 from biomedlm_jax.model import Params
 from biomedlm_jax.weights import Entry
 
@@ -102,7 +102,9 @@ _FIXED_FIELDS: dict[str, tuple[Any, ...]] = {
 }
 
 # Where the field's own configurations keep what a model was fine-tuned for.
-TASK_FIELD = "task_specific_params"
+_TASK_FIELD = "task_specific_params"
+# Of that, the type of activations that it was fine-tuned with, which may be another than that of the weights.
+_TASK_DTYPE = "compute_dtype"
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 MEMORY_FOLDER = "huggingface"
 _REMEMBERED = ("config.json", "generation_config.json")
@@ -164,8 +166,8 @@ def head_tensors(config: FinetuneConfig) -> list[Tensor]:
 def read_config(directory: str | Path) -> ModelConfig:
     """The model of a folder's config.json.
 
-    Its activations get the type that it was saved in (float16 gets bfloat16, which does not overflow); other settings
-    of execution keep their defaults.
+    Its activations get the type that it was fine-tuned with here, or else saved in (float16 gets bfloat16, which does
+    not overflow); other settings of execution keep their defaults.
 
     Raises:
       UserError: config.json is missing or broken, or asks for what this model does not compute; lists all of it.
@@ -186,13 +188,36 @@ def read_config(directory: str | Path) -> ModelConfig:
     if problems:
         raise UserError(f"{directory}/config.json describes a model that cannot be converted: {'; '.join(problems)}")
     saved_in = fields.get("dtype", fields.get("torch_dtype"))
+    computed_in = "bfloat16" if saved_in in ("bfloat16", "float16") else "float32"
     try:
         return ModelConfig(
             **{name: fields[name] for name in MODEL_FIELDS},
-            compute_dtype="bfloat16" if saved_in in ("bfloat16", "float16") else "float32",
+            compute_dtype=_task_settings(raw)[1].get(_TASK_DTYPE, computed_in),
         )
     except UserError as error:
         raise UserError(f"{directory}/config.json: {error}") from error
+
+
+def task_fields(config: FinetuneConfig) -> dict[str, Any]:
+    """What config.json tells of the task that a model was fine-tuned for; `read_task` reads it."""
+    return {_TASK_FIELD: {config.task.name: {**asked_as(config), _TASK_DTYPE: config.model.compute_dtype}}}
+
+
+def _task_settings(raw: dict[str, Any]) -> tuple[Name | None, dict[str, Any]]:
+    """A task's name and what `task_fields` told of it; None and nothing of other models."""
+    told = raw.get(_TASK_FIELD)
+    # Other models have other things there, such as GPT-2's settings of "text-generation".
+    name = next((name for name in get_args(Name) if name in told), None) if isinstance(told, dict) else None
+    settings = told[name] if told and name else {}
+    return name, settings if isinstance(settings, dict) else {"settings": settings}
+
+
+def asked_as(config: FinetuneConfig) -> dict[str, Any]:
+    """Settings of a task that say how its model is asked, and not what it was made from, by name."""
+    task = dataclasses.asdict(config.task)
+    lengths = ("max_source_length", "max_target_length")
+    names = lengths if config.task.name in GENERATION else ("max_length", "truncation_side")
+    return {name: task[name] for name in names}
 
 
 def read_task(directory: str | Path) -> FinetuneConfig | None:
@@ -202,15 +227,15 @@ def read_task(directory: str | Path) -> FinetuneConfig | None:
       UserError: it tells what no task has; see `read_config`.
     """
     path = Path(directory) / "config.json"
-    # Other models have other things there, such as GPT-2's settings of "text-generation".
-    told: Any = weights.read_json(path).get(TASK_FIELD)
-    name = next((name for name in get_args(Name) if name in told), None) if isinstance(told, dict) else None
+    name, settings = _task_settings(weights.read_json(path))
     if name is None:
         return None
+    model = read_config(directory)
     try:
-        return FinetuneConfig(task=TaskConfig(name=name, **told[name]), model=read_config(directory))
+        own = {key: value for key, value in settings.items() if key != _TASK_DTYPE}
+        return FinetuneConfig(task=TaskConfig(name=name, **own), model=model)
     except (TypeError, UserError) as error:
-        raise UserError(f"{path}: {TASK_FIELD}: {error}") from error
+        raise UserError(f"{path}: {_TASK_FIELD}: {error}") from error
 
 
 # ----------------------------------------------------------------------------------------------------- reading a folder
@@ -330,6 +355,11 @@ def import_model(directory: str | Path, run_dir: str | Path) -> ModelConfig:
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory} is no folder; download a model first: hf download OWNER/NAME --local-dir DIR")
+    if task := read_task(directory):
+        raise UserError(
+            f"{directory} was fine-tuned for {task.task.name} here and exported: evaluate, generate and "
+            "run.init_from take it as it is"
+        )
     with new_folder(run_dir) as folder:
         config, expected, entries = _checked_entries(directory)
         arrays = create_checkpoint(folder, config)

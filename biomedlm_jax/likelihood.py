@@ -44,10 +44,12 @@ def make_prompt(task: str, example: Example, choices: Choices) -> Prompt:
     Args:
       task: its name.
       choices: of multiple choice, whether the choices' own texts are the answers, which are not shown before, as
-        lm-evaluation-harness does for ARC; or letters, for choices that are shown, as it does for these tasks.
+        lm-evaluation-harness does for ARC; or letters, for choices that are shown, as it does for these tasks, but for
+        the first line of its MMLU, which names the subject.
     """
     if isinstance(example, Classification):
-        return Prompt(f"Abstract: {example.context}\nQuestion: {example.question}\nAnswer:", TASKS[task].labels)
+        context = "\n".join(example.contexts)
+        return Prompt(f"Abstract: {context}\nQuestion: {example.question}\nAnswer:", TASKS[task].labels)
     assert isinstance(example, MultipleChoice)
     if choices == "texts":
         return Prompt(f"Question: {example.question}\nAnswer:", example.choices)

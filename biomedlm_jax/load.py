@@ -167,6 +167,19 @@ def mesh_shardings(path: str | Path, mesh: Mesh) -> Params:
     return sharding.tree_shardings(mesh, jax.eval_shape(lambda: model_lib.init_params(config, 0)))
 
 
+def find_step(path: str | Path, step: int | None = None) -> int | None:
+    """`checkpoint.find_step` of a run; None of a Hugging Face folder.
+
+    Raises:
+      UserError: there is no such step, or a Hugging Face folder is asked for one.
+    """
+    if _is_run(Path(path)):
+        return checkpoint.find_step(path, step)
+    if step is not None:
+        raise UserError(f"{path} is a Hugging Face folder, which has no steps")
+    return None
+
+
 def read_config(path: str | Path) -> ModelConfig:
     """The configuration of the model in a run's folder or a Hugging Face folder.
 
@@ -225,8 +238,7 @@ def load_params(path: str | Path, step: int | None = None, shardings: Params | N
     task = read_task(path)
     if _is_run(path):
         return _load_finetuned(path, task, step, shardings) if task else checkpoint.load_params(path, step, shardings)
-    if step is not None:
-        raise UserError(f"{path} is a Hugging Face folder, which has no steps")
+    find_step(path, step)
     head = huggingface.head_tensors(task) if task else ()
     flat = traverse_util.flatten_dict(huggingface.load_params(path, head)[1], sep="/")
     where = _on_mesh_of(shardings, flat) or dict.fromkeys(flat)
@@ -237,13 +249,11 @@ def load_params(path: str | Path, step: int | None = None, shardings: Params | N
 def _load_finetuned(path: Path, config: FinetuneConfig, step: int | None, shardings: Params | None) -> Params:
     lie = functools.partial(_on_mesh_of, shardings)
     abstract, _ = adaptation.abstract_start(config)
-    trained = checkpoint.restore_params(path, checkpoint.find_step(path, step), abstract, lie(abstract))
+    step = checkpoint.find_step(path, step)
+    trained = checkpoint.restore_params(path, step, abstract, lie(abstract))
     if not adaptation.lora_of(config):
         return trained
-    try:
-        base = start_from(config.run.init_from, config.model, shardings, but_words=True)
-    except UserError as error:
-        raise UserError(f"{path} holds what LoRA trained beside the weights of run.init_from: {error}") from error
+    base, _ = load_base(path, config, checkpoint.read_metadata(path, step).get("base"), shardings)
     finish = functools.partial(adaptation.finish, config)
     return jax.jit(finish, out_shardings=lie(jax.eval_shape(finish, trained, base)))(trained, base)
 
@@ -258,18 +268,52 @@ def _place(array: np.ndarray, where: jax.sharding.Sharding | None) -> Array:
 
 
 def start_from(
-    path: str | Path, config: ModelConfig, shardings: Params | None = None, but_words: bool = False
+    path: str | Path,
+    config: ModelConfig,
+    shardings: Params | None = None,
+    but_words: bool = False,
+    step: int | None = None,
 ) -> Params:
     """The parameters in a folder, without a head, for a model of another run, which must have the same architecture.
 
     Args:
       but_words: whether the number of words may differ.
+      step: which checkpoint of a run; by default the newest, of fine-tuning the best.
 
     Raises:
       UserError: names the first setting that differs; or see `load_model`.
     """
     check_architecture(path, config, but_words)
-    return heads.without_head(load_params(path, shardings=shardings))
+    return heads.without_head(load_params(path, step, shardings))
+
+
+def load_base(
+    run_dir: str | Path, config: FinetuneConfig, known: dict[str, Any] | None, shardings: Params | None = None
+) -> tuple[Params, dict[str, Any]]:
+    """The weights that a run of fine-tuning starts from, and what tells them from others: their step and a checksum.
+
+    A folder that is not at run.init_from any more may lie beside the run's.
+
+    Args:
+      known: what told the weights that the run did start from; None at its start.
+
+    Raises:
+      UserError: they are not there any more; see `start_from`.
+    """
+    folder = Path(config.run.init_from)
+    beside = Path(run_dir).absolute().parent / folder.name
+    folder = beside if beside.exists() and not folder.exists() else folder
+    try:
+        step = known["step"] if known else find_step(folder)
+        params = start_from(folder, config.model, shardings, but_words=True, step=step)
+        found = {"step": step, "checksum": adaptation.checksum(params)}
+        if known and found != known:
+            raise UserError(f"{folder} has other weights than it had")
+    except UserError as error:
+        if not known:
+            raise
+        raise UserError(f"{run_dir} holds what LoRA trained beside the weights of run.init_from: {error}") from error
+    return params, found
 
 
 def check_architecture(path: str | Path, config: ModelConfig, but_words: bool = False) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from biomedlm_jax import evaluation, metrics, scoring
 from biomedlm_jax.config import Config, as_paths
 from biomedlm_jax.finetune_config import GENERATION, MULTIPLE_CHOICE, FinetuneConfig
-from biomedlm_jax.huggingface import MEMORY_FOLDER
+from biomedlm_jax.huggingface import MEMORY_FOLDER, asked_as
 
 # Of the licence of BioMedLM: https://huggingface.co/stanford-crfm/BioMedLM
 LIMITS = (
@@ -38,7 +38,7 @@ tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 model = AutoModelForSequenceClassification.from_pretrained(FOLDER)
 context, question = "An abstract.", "Is it so?"
 # Context and question are encoded apart, and follow each other without anything between them.
-ids = torch.tensor([(tokenizer.encode(context) + tokenizer.encode(question))[:MAX_LENGTH]])
+ids = torch.tensor([(tokenizer.encode(context) + tokenizer.encode(question))[MAX_LENGTH]])
 print(model.config.id2label[model(ids).logits.argmax().item()])""",
     "GPT2ForMultipleChoice": """\
 from transformers import AutoModelForMultipleChoice, AutoTokenizer
@@ -57,7 +57,9 @@ def make(run_dir: Path, step: int, config: Config | FinetuneConfig, architecture
     """The card of a run's checkpoint, in Markdown."""
     use = _USE[architecture]
     if isinstance(config, FinetuneConfig):
-        use = use.replace("MAX_LENGTH", str(config.task.max_length))
+        length, side = config.task.max_length, config.task.truncation_side
+        use = use.replace("[MAX_LENGTH]", f"[:{length}]" if side == "right" else f"[-{length}:]")
+        use = use.replace("MAX_LENGTH", str(length))
         if config.task.name in GENERATION:
             use = use.replace('"Photosynthesis is"', '"A text to be rewritten.<|startoftext|>"')
     model = config.model
@@ -118,6 +120,8 @@ def _names(paths: Any) -> str:
 def _settings(config: Config | FinetuneConfig) -> str:
     groups = ("lora", "optimizer", "train") if isinstance(config, FinetuneConfig) else ("optimizer", "train")
     lines = ["| setting | value |", "|---|---|"]
+    if isinstance(config, FinetuneConfig):
+        lines += [f"| task.{name} | {value} |" for name, value in asked_as(config).items()]
     for group in groups:
         if group == "lora" and isinstance(config, FinetuneConfig) and not config.lora.rank:
             continue
@@ -134,5 +138,7 @@ def _results(run_dir: Path, step: int) -> str:
         at_step = [line for line in metrics.read_metrics(run_dir) if line["step"] == step]
         lines += [f"- {name}: {value:.4f}" for line in at_step for name, value in line.items() if name[:5] == "eval/"]
     files = sorted(run_dir.glob(f"{evaluation.FOLDER}/*/{evaluation.RESULTS_FILE}"))
-    lines += [f"- {scoring.describe(json.loads(file.read_text()))}" for file in files]
+    for results in (json.loads(file.read_text()) for file in files):
+        if results["step"] == step:
+            lines.append(f"- {', '.join(results['data'])}: {scoring.describe(results)}")
     return "\n".join(lines) or "None were measured."

@@ -26,10 +26,12 @@ def hold(config: Config | FinetuneConfig, stack: contextlib.ExitStack) -> None:
     """Makes the folder of a run and keeps it from other processes until the end of `stack`.
 
     Raises:
-      UserError: another process holds it, or it has checkpoints of another configuration; names each setting that
-        differs.
+      UserError: another process holds it; it is the folder of the model to start from; or it has checkpoints of
+        another configuration; names each setting that differs.
     """
     run_dir = Path(config.run.dir)
+    if (run_dir / "config.json").is_file() or (run_dir.exists() and run_dir.resolve() == _start_of(config)):
+        raise UserError(f"{run_dir} holds a model to start from: choose another run.dir")
     run_dir.mkdir(parents=True, exist_ok=True)
     stack.enter_context(files.lock(run_dir / ".lock", functools.partial(_refuse_busy, run_dir)))
     if not checkpoint.has_steps(run_dir):
@@ -43,6 +45,10 @@ def hold(config: Config | FinetuneConfig, stack: contextlib.ExitStack) -> None:
             f"{run_dir} holds a run with other settings: {'; '.join(differences)}. Choose another run.dir; "
             "run.init_from starts it with the weights of this one"
         )
+
+
+def _start_of(config: Config | FinetuneConfig) -> Path | None:
+    return Path(config.run.init_from).resolve() if config.run.init_from else None
 
 
 def _refuse_busy(run_dir: Path) -> None:

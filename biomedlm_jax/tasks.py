@@ -35,7 +35,8 @@ class Classification:
     """A question about a text, answered by one of the task's labels."""
 
     id: str
-    context: str
+    contexts: tuple[str, ...]
+    """The parts of the text."""
     question: str
     label: int | None
     """The number of the task's label; None where the file does not tell."""
@@ -89,6 +90,7 @@ class Task:
         return examples
 
     def _read(self, files: Sequence[str]) -> Iterator[tuple[str, Example]]:
+        names = _names(files)
         for file in files:
             for key, record in _records(file):
                 place = f"{shown(file)}:{shown(key)}"
@@ -97,8 +99,17 @@ class Task:
                 except _Unreadable as error:
                     raise UserError(f"{place}: {error}; a record of {self.name} is {self.formats}") from None
                 if example:
-                    own_id = example.id or f"{os.path.basename(file)}:{key}"
+                    own_id = example.id or f"{names[file]}:{key}"
                     yield place, dataclasses.replace(example, id=own_id)
+
+
+def _names(files: Sequence[str]) -> dict[str, str]:
+    """What tells files apart: their own names, or where some have the same, also the folders that they do not share."""
+    names = {file: os.path.basename(file) for file in files}
+    if len(set(names.values())) == len(names):
+        return names
+    shared = len(os.path.commonprefix([file.split("/")[:-1] for file in files]))
+    return {file: "/".join(file.split("/")[shared:]) for file in files}
 
 
 def _records(file: str) -> Iterator[tuple[str, Any]]:
@@ -216,9 +227,13 @@ def _mmlu(key: str, record: Any, task: Task) -> MultipleChoice:
     if isinstance(record, dict):  # as Parquet on the Hub
         choices = _choices(_list(record, "choices"))
         return MultipleChoice("", _text(record, "question"), choices, _number(_field(record, "answer"), len(choices)))
-    if not isinstance(record, list) or len(record) != 6:
+    if not isinstance(record, list):
+        raise _Unreadable(f"this is a {type(record).__name__} and no row")
+    if len(record) != 6:
         raise _Unreadable(f"there are {len(record)} fields")
     question, letter = record[0], record[-1]
+    if not isinstance(question, str):
+        raise _Unreadable(f"the question is a {type(question).__name__} and no text")
     if not question.strip():
         raise _Unreadable("the question is empty")
     return MultipleChoice("", question, _choices(record[1:-1]), _letter(letter, 4))
@@ -238,13 +253,13 @@ def _pubmedqa(key: str, record: Any, task: Task) -> Classification:
     decision = record.get("final_decision")
     label = None if decision is None else _named(decision, task.labels)
     own_id = _id(record, "pubid") or key
-    return Classification(own_id, " ".join(contexts), _text(record, "QUESTION", "question"), label)
+    return Classification(own_id, tuple(contexts), _text(record, "QUESTION", "question"), label)
 
 
 def _blurb(record: dict[str, Any], task: Task) -> Classification:
     # https://microsoft.github.io/BLURB: the question is sentence1, the text sentence2
     label = None if record.get("label") is None else _named(record["label"], task.labels)
-    return Classification(_id(record), _text(record, "sentence2"), _text(record, "sentence1"), label)
+    return Classification(_id(record), (_text(record, "sentence2"),), _text(record, "sentence1"), label)
 
 
 def _bioasq(key: str, record: Any, task: Task) -> Classification | None:
@@ -253,13 +268,13 @@ def _bioasq(key: str, record: Any, task: Task) -> Classification | None:
     # http://participants-area.bioasq.org/datasets: {"questions": [{id, body, type, snippets, exact_answer}]}
     if _text(record, "type") != "yesno":
         return None
-    snippets = [_text(snippet, "text") for snippet in _list(record, "snippets")]
+    snippets = tuple(_text(snippet, "text") for snippet in _list(record, "snippets"))
     if not snippets:
         raise _Unreadable("there are no snippets")
     answer = record.get("exact_answer")
     answer = answer[0] if isinstance(answer, list) and len(answer) == 1 else answer
     label = None if answer is None else _named(answer, task.labels)
-    return Classification(_id(record), " ".join(snippets), _text(record, "body"), label)
+    return Classification(_id(record), snippets, _text(record, "body"), label)
 
 
 # ---- Text generation

@@ -28,12 +28,12 @@ def classification(count: int) -> list[Classification]:
     """Real PubMedQA, or texts and questions about nothing."""
     if REAL.is_dir():
         return TASKS["pubmedqa"].read([str(REAL / "pubmedqa" / "train.jsonl")])[:count]
-    return [Classification(str(i), _text(i, 9 + 5 * i % 50), f"{_text(i + 1, 6)}?", i % 3) for i in range(count)]
+    return [Classification(str(i), (_text(i, 9 + 5 * i % 50),), f"{_text(i + 1, 6)}?", i % 3) for i in range(count)]
 
 
 def generation(count: int) -> list[Generation]:
     """Contexts and questions of the above as sources and targets."""
     return [
-        Generation(example.id, example.context[: 15 * (i + 1)], example.question[: 8 * (i + 1)])
+        Generation(example.id, example.contexts[0][: 15 * (i + 1)], example.question[: 8 * (i + 1)])
         for i, example in enumerate(classification(count))
     ]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +16,25 @@ import pytest
 import questions
 from flax import traverse_util
 
-from biomedlm_jax import checkpoint, evaluation, exporting, finetune, load, metrics, perplexity, report, tokenizer
+from biomedlm_jax import (
+    adaptation,
+    checkpoint,
+    encoding,
+    evaluation,
+    exporting,
+    finetune,
+    huggingface,
+    load,
+    metrics,
+    perplexity,
+    report,
+    tokenizer,
+)
 from biomedlm_jax import config as config_lib
 from biomedlm_jax.config import ModelConfig, RunConfig
 from biomedlm_jax.errors import UserError
 from biomedlm_jax.finetune_config import FinetuneConfig, FinetuneOptimizerConfig, FinetuneTrainConfig, TaskConfig
+from biomedlm_jax.tasks import TASKS
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -38,7 +53,12 @@ def write_files(folder):
             for e in questions.multiple_choice(24)
         ],
         "pubmedqa": [
-            {"id": e.id, "sentence1": e.question, "sentence2": e.context, "label": ("maybe", "no", "yes")[e.label]}
+            {
+                "id": e.id,
+                "sentence1": e.question,
+                "sentence2": " ".join(e.contexts),
+                "label": ("maybe", "no", "yes")[e.label],
+            }
             for e in questions.classification(24)
         ],
         "generation": [{"id": e.id, "source": e.source, "target": e.target} for e in questions.generation(24)],
@@ -154,7 +174,9 @@ def test_exported_models_answer_alike_in_transformers(run, world, tmp_path):
             np.testing.assert_allclose(model(ids).logits, ours(ids.numpy()), atol=1e-4)
         return
     found = evaluation.evaluate(folder, name, [str(world / f"{name}.dev.jsonl")])
-    # What was exported knows its task, and answers here, too.
+    # What was exported knows its task, and answers here, too; it is no base to be converted.
+    with pytest.raises(UserError, match=f"was fine-tuned for {name} here and exported"):
+        huggingface.import_model(tmp_path / "hf", tmp_path / "back")
     again = evaluation.evaluate(tmp_path / "hf", name, [str(world / f"{name}.dev.jsonl")])
     for line, same in zip(found.predictions, again.predictions, strict=True):
         assert same["prediction"] == line["prediction"]
@@ -205,7 +227,7 @@ def test_the_code_of_a_model_card_runs(run, tmp_path, capsys):
     assert any(answer in said for answer in answers.get(name, ["A text to be rewritten."]))
 
 
-def test_a_checkpoint_of_lora_holds_what_was_trained_only(run, world, tmp_path):
+def test_a_checkpoint_of_lora_holds_what_was_trained_only(run, world, tmp_path, monkeypatch):
     folder, name, rank = run
     config = checkpoint.read_config(folder)
     state = json.loads((folder / "checkpoints" / "6" / "params" / "_METADATA").read_text())
@@ -216,7 +238,21 @@ def test_a_checkpoint_of_lora_holds_what_was_trained_only(run, world, tmp_path):
         config_lib.save_config(moved, folder / "config.yaml")
         with pytest.raises(UserError, match="holds what LoRA trained beside the weights of run.init_from: .*gone"):
             load.load_params(folder)
+        # Beside the run it is found, wherever both are, if it is what it was.
+        moved = dataclasses.replace(config, run=dataclasses.replace(config.run, init_from="elsewhere/base"))
+        config_lib.save_config(moved, folder / "config.yaml")
+        expected = load.load_params(folder)
+        base = load.load_params(world / "base")
+        other = jax.tree.map(lambda x: x, base) | {"ln_f": jax.tree.map(lambda x: x + 1e-3, base["ln_f"])}
+        assert adaptation.checksum(other) != adaptation.checksum(base)
+        monkeypatch.setattr(adaptation, "checksum", lambda params: 5)
+        with pytest.raises(
+            UserError, match="beside the weights of run.init_from: .*base has other weights than it had"
+        ):
+            load.load_params(folder)
+        monkeypatch.undo()
         config_lib.save_config(config, folder / "config.yaml")
+        jax.tree.map(np.testing.assert_array_equal, load.load_params(folder), expected)
     whole = traverse_util.flatten_dict(load.load_params(folder), sep="/")
     base = traverse_util.flatten_dict(load.load_params(world / "base"), sep="/")
     assert set(whole) - set(base) == (set() if name == "generation" else {"score/kernel"})
@@ -256,6 +292,39 @@ def test_stopped_and_resumed_equals_undisturbed(world, tmp_path, monkeypatch):
     # Once more: there is nothing left to do.
     assert finetune.finetune(broken) == 0
     assert lines(tmp_path / "broken") == lines(tmp_path / "whole")
+
+
+def test_a_model_to_start_from_is_no_place_for_a_run(world, tmp_path):
+    shutil.copytree(world / "base", tmp_path / "base")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    for name in ("base", "hf"):
+        before = sorted((tmp_path / name).rglob("*"))
+        config = make_config(world, "medmcqa", tmp_path / name, run={"init_from": str(tmp_path / "base")})
+        with pytest.raises(UserError, match=f"{name} holds a model to start from: choose another run.dir"):
+            finetune.finetune(config)
+        assert sorted((tmp_path / name).rglob("*")) == before
+
+
+def test_left_truncation_and_bfloat16_go_into_an_export(world, tmp_path):
+    """An export computes as its run did, and its card cuts as its run does."""
+    task = {"truncation_side": "left", "max_length": 24}
+    config = make_config(
+        world, "medmcqa", tmp_path / "run", task=task, model={"compute_dtype": "bfloat16"}, train={"steps": 2}
+    )
+    assert finetune.finetune(config) == 0
+    exporting.export(tmp_path / "run", tmp_path / "hf")
+    dev = [str(world / "medmcqa.dev.jsonl")]
+    ours, theirs = (evaluation.evaluate(tmp_path / name, "medmcqa", dev) for name in ("run", "hf"))
+    assert ours.predictions == theirs.predictions and ours.results["cut"] == theirs.results["cut"] > 0
+    assert (ours.results["step"], theirs.results["step"]) == (2, None)
+    assert ours.results["data"] == ["medmcqa.dev.jsonl"]
+    assert "| task.truncation_side | left |" in (tmp_path / "hf" / "README.md").read_text()
+    encode = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    record = json.loads((world / "medmcqa.dev.jsonl").read_text().splitlines()[0])
+    ids = encode(f"{record['question']}[SEP] {record['opb']}[SEP]", truncation=True, max_length=24).input_ids
+    encoded = encoding.encode(config, load.load_tokenizer(tmp_path / "hf"), TASKS["medmcqa"].read(dev))
+    assert ids == encoded.rows[0][1]
 
 
 def test_patience(world, tmp_path):
@@ -338,6 +407,10 @@ def test_heads_are_refused_where_they_do_not_fit(run, world, monkeypatch):
     other = {"medmcqa": "pubmedqa", "pubmedqa": "medmcqa"}[name]
     with pytest.raises(UserError, match=f"has a head for {name}.*, and {other}.* needs another"):
         evaluation.evaluate(folder, other, [str(world / f"{other}.dev.jsonl")])
+    with pytest.raises(UserError, match=f"has a head for {name}.*, and generation needs another"):
+        evaluation.evaluate(folder, "generation", [str(world / "generation.dev.jsonl")])
+    with pytest.raises(UserError, match="answers by its head: it takes no shots, choices or rule"):
+        evaluation.evaluate(folder, name, [str(world / f"{name}.dev.jsonl")], shots=evaluation.Shots())
     with pytest.raises(UserError, match=f"was fine-tuned to answer {name} by a head, and predicts no words"):
         load.load_model(folder)
     with pytest.raises(UserError, match="predicts no words"):

@@ -1,6 +1,8 @@
 """The command: what it shows, what it writes, and what it refuses."""
 
 import json
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -51,6 +53,23 @@ def test_one_prompt_is_shown_with_its_text(folder, command):
     )
 
 
+def test_one_prompt_of_a_beam_search_is_shown_when_it_is_whole(folder, command):
+    shown = command("--prompt", "The patient", "--max-new-tokens", 4, "--num-beams", 2)
+    line = command("--prompt", "The patient", "A", "--max-new-tokens", 4, "--num-beams", 2).splitlines()[0]
+    assert shown == f"The patient{json.loads(line)['text']}\n"
+
+
+def test_a_reader_who_has_seen_enough_ends_the_command_without_a_traceback(folder, subprocess_env):
+    args = ["--checkpoint", folder, "--max-new-tokens", "2", "--batch-size", "1", "--prompt", *"abcdefgh"]
+    command = [sys.executable, "-m", "biomedlm_jax.generate", *args]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=subprocess_env
+    ) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 128 + signal.SIGPIPE and "Traceback" not in said and "Error" not in said
+
+
 def test_several_prompts_are_json_lines(folder, command, tmp_path):
     prompts = ["The patient", "A", "Results: the"]
     lines = [
@@ -72,8 +91,11 @@ def test_several_prompts_are_json_lines(folder, command, tmp_path):
 def test_mistakes_write_nothing(command, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
     (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "long.txt").write_text(f"short\r\n\r\n{'long ' * 200}\r\n")
     output = tmp_path / "out.jsonl"
     for args, message in (
+        (("--prompt-file", tmp_path / "long.txt", "--max-new-tokens", 2), r"long.txt:3: the prompt has \d+ tokens"),
+        (("--prompt", "a", "--num-beams", 2, "--length-penalty", "nan"), "length_penalty must be a finite number"),
         (("--prompt-file", tmp_path / "bad.jsonl"), r"bad.jsonl:2: there is no prompt"),
         (("--prompt-file", tmp_path / "empty.txt"), r"empty.txt: there are no prompts"),
         (("--prompt", ""), "prompt 1 is empty"),
@@ -83,6 +105,8 @@ def test_mistakes_write_nothing(command, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             command(*args, "--output", output)
+    with pytest.raises(UserError, match="--output .* is a folder: name a file"):
+        command("--prompt", "a", "--output", tmp_path)
     with pytest.raises(UserError, match="there is no such folder"):
         command("--prompt", "a", "--output", tmp_path / "none" / "out.jsonl")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "empty.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "empty.txt", "long.txt"]

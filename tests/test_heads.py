@@ -149,7 +149,7 @@ def test_classification_equals_transformers(vocabulary, one_device):
     settings = model.config.to_dict() | {"num_labels": 3, "pad_token_id": vocabulary.eos_id}
     theirs = transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**settings)).eval()
     theirs.transformer = model.transformer
-    texts = [vocabulary.encode(e.context) + vocabulary.encode(e.question) for e in examples]
+    texts = [vocabulary.encode(" ".join(e.contexts)) + vocabulary.encode(e.question) for e in examples]
     tokens = torch.full((COUNT, LENGTH), vocabulary.eos_id)
     for row, ids in zip(tokens, texts, strict=True):
         row[: len(ids[:LENGTH])] = torch.tensor(ids[:LENGTH])

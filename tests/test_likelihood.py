@@ -82,6 +82,7 @@ def test_log_likelihoods_and_prompts_equal_lm_evaluation_harness(exported):
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks.medmcqa import utils_medmcqa
     from lm_eval.tasks.medqa import preprocess_medqa
+    from lm_eval.tasks.pubmedqa import preprocess_pubmedqa
 
     pairs = make_pairs()
     theirs = HFLM(pretrained=str(exported), device="cpu", batch_size=4, dtype="float32")
@@ -96,6 +97,9 @@ def test_log_likelihoods_and_prompts_equal_lm_evaluation_harness(exported):
         medmcqa = utils_medmcqa.doc_to_text({"question": example.question, **options})
         assert likelihood.make_prompt("medqa", example, "letters").context == medqa
         assert likelihood.make_prompt("medmcqa", example, "letters").context == medmcqa
+    contexts = ("It was.", "It is.")
+    pubmedqa = preprocess_pubmedqa.doc_to_text({"CONTEXTS": list(contexts), "QUESTION": "Is it?"})
+    assert likelihood.make_prompt("pubmedqa", Classification("1", contexts, "Is it?", 0), "texts").context == pubmedqa
 
 
 def test_prompts():
@@ -103,8 +107,8 @@ def test_prompts():
     assert text == likelihood.Prompt("Question: Which one?\nAnswer:", ("this", "that one"))
     letters = likelihood.make_prompt("mmlu", QUESTION, "letters")
     assert letters == likelihood.Prompt("Which one?\nA. this\nB. that one\nAnswer:", ("A", "B"))
-    about = likelihood.make_prompt("bioasq", Classification("1", "It is.", "Is it?", 0), "texts")
-    assert about == likelihood.Prompt("Abstract: It is.\nQuestion: Is it?\nAnswer:", ("no", "yes"))
+    about = likelihood.make_prompt("bioasq", Classification("1", ("It was.", "It is."), "Is it?", 0), "texts")
+    assert about == likelihood.Prompt("Abstract: It was.\nIt is.\nQuestion: Is it?\nAnswer:", ("no", "yes"))
     shown = likelihood.with_shots(text, [(text, 1), (letters, 0)])
     assert shown.answers == text.answers
     assert shown.context == (

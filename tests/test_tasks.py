@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 
 import pyarrow
@@ -58,7 +59,7 @@ def test_parquet_of_the_hub(tmp_path):
     file = write("mmlu.parquet", {"question": "Which?", "subject": "anatomy", "choices": ["a", "b"], "answer": 1})
     assert read("mmlu", file) == [MultipleChoice("mmlu.parquet:1", "Which?", ("a", "b"), 1)]
     record = {"pubid": 7, "question": "Is it?", "context": {"contexts": ["It is."]}, "final_decision": "yes"}
-    assert read("pubmedqa", write("pqa.parquet", record)) == [Classification("7", "It is.", "Is it?", 2)]
+    assert read("pubmedqa", write("pqa.parquet", record)) == [Classification("7", ("It is.",), "Is it?", 2)]
 
 
 def test_mmlu(tmp_path):
@@ -74,11 +75,11 @@ def test_mmlu(tmp_path):
 def test_pubmedqa(tmp_path):
     (tmp_path / "ori.json").write_text(json.dumps({"123": PUBMEDQA, "124": PUBMEDQA | {"final_decision": None}}))
     assert read("pubmedqa", tmp_path / "ori.json") == [
-        Classification("123", "It was. It is.", "Is it?", 2),
-        Classification("124", "It was. It is.", "Is it?", None),
+        Classification("123", ("It was.", "It is."), "Is it?", 2),
+        Classification("124", ("It was.", "It is."), "Is it?", None),
     ]
     assert read("pubmedqa", *write_lines(tmp_path / "dev.jsonl", BLURB)) == [
-        Classification("9", "It was. It is.", "Is it?", 1)
+        Classification("9", ("It was. It is.",), "Is it?", 1)
     ]
 
 
@@ -87,8 +88,8 @@ def test_bioasq(tmp_path):
     questions = [BIOASQ, BIOASQ | {"type": "list", "id": "5d"}, BIOASQ | {"id": "5e", "exact_answer": ["no"]}]
     (tmp_path / "golden.json").write_text(json.dumps({"questions": questions}))
     assert read("bioasq", tmp_path / "golden.json") == [
-        Classification("5c", "It is.", "Is it?", 1),
-        Classification("5e", "It is.", "Is it?", 0),
+        Classification("5c", ("It is.",), "Is it?", 1),
+        Classification("5e", ("It is.",), "Is it?", 0),
     ]
     assert read("bioasq", *write_lines(tmp_path / "dev.jsonl", BLURB))[0].label == 0
 
@@ -123,7 +124,11 @@ def test_real_files(shared_data, task, file, count):
 
 def test_both_formats_of_pubmedqa_are_one(shared_data):
     folder = shared_data / "qa" / "pubmedqa"
-    original = {example.id: example for example in read("pubmedqa", folder / "ori_pqal_train500.json")}
+    # BLURB's text is all parts in one.
+    original = {
+        example.id: dataclasses.replace(example, contexts=(" ".join(example.contexts),))
+        for example in read("pubmedqa", folder / "ori_pqal_train500.json")
+    }
     blurb = read("pubmedqa", folder / "train.jsonl", folder / "dev.jsonl")
     assert {example.id: example for example in blurb} == original
 
@@ -180,6 +185,25 @@ def test_rows_of_mmlu(tmp_path):
     path.write_text("q,a,b,A\n")
     with pytest.raises(UserError, match=r"a.csv:1: there are 4 fields"):
         read("mmlu", path)
+    for record, message in ((5, "this is a int and no row"), ([1, "a", "b", "c", "d", "A"], "the question is a int")):
+        (tmp_path / "a.json").write_text(json.dumps([record]))
+        with pytest.raises(UserError, match=message):
+            read("mmlu", tmp_path / "a.json")
+
+
+def test_files_of_one_name_in_several_folders(tmp_path):
+    for subject in ("anatomy", "genetics"):
+        (tmp_path / subject).mkdir()
+        (tmp_path / subject / "test.csv").write_text("q,a,b,c,d,A\n")
+    assert [example.id for example in read("mmlu", tmp_path / "*/test.csv")] == [
+        "anatomy/test.csv:1",
+        "genetics/test.csv:1",
+    ]
+
+
+def test_lines_that_end_as_windows_ends_them(tmp_path):
+    (tmp_path / "val.source").write_bytes(b"one\r\ntwo\r\n")
+    assert [example.source for example in read("generation", tmp_path / "val.source")] == ["one", "two"]
 
 
 def test_sources_and_targets_must_be_as_many(tmp_path):

@@ -45,7 +45,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def export_tokenizer(
-    tokenizer: Tokenizer, directory: str | Path, *, model_max_length: int = 1024, added_tokens: Sequence[str] = ()
+    tokenizer: Tokenizer,
+    directory: str | Path,
+    *,
+    model_max_length: int = 1024,
+    added_tokens: Sequence[str] = (),
+    truncation_side: str = "right",
 ) -> None:
     """Writes a folder that `transformers.AutoTokenizer` and `load_tokenizer` both read, to the same ids.
 
@@ -54,6 +59,7 @@ def export_tokenizer(
       directory: folder to write to; may hold a model.
       model_max_length: positions of the model.
       added_tokens: special tokens of a fine-tuned model, behind all others; found in texts, as its rows need them.
+      truncation_side: which end of longer texts a user who asks for it has cut.
     """
     backend = tokenizer.hugging_face()
     backend.add_special_tokens(list(added_tokens))
@@ -65,6 +71,7 @@ def export_tokenizer(
         "tokenizer_class": "PreTrainedTokenizerFast",
         **special,
         "model_max_length": model_max_length,
+        "truncation_side": truncation_side,
         # The class's default has token_type_ids, which GPT-2 would add to its embeddings.
         "model_input_names": ["input_ids", "attention_mask"],
         # Lossless, and special tokens cannot be smuggled in by texts.
