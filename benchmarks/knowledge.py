@@ -4,8 +4,8 @@
 
 Writes benchmarks/results/knowledge_cpu.json and a chart beside it. The bundled corpus invents drugs, each of use in one
 disease. A small model is pretrained on the openings (title and first sentence) of trial reports about some of the
-drugs, `train`; it is exported to PyTorch's format, `convert to-hf`; the export is fine-tuned on four-choice questions
-about most of these drugs, `finetune`; and it answers questions about others, `evaluate --task`:
+drugs, `train`; it is exported to PyTorch's format, `convert to-hf`; the export is fine-tuned, by LoRA, on four-choice
+questions about most of these drugs, `finetune`; and it answers questions about others, `evaluate --task`:
 
 - held out: drugs that it read about, of which no question was among those that it was fine-tuned on. What it answers it
   can know from its reading only. Yet others, `dev`, choose the checkpoint.
@@ -31,28 +31,30 @@ import timing
 
 from biomedlm_jax import synthetic
 
+# In the words of what was read: a hundred facts are few to learn other words from.
 QUESTIONS = (
     "{Drug} in the treatment of",
     "{Drug} in patients with",
     "Efficacy of {drug} compared with placebo in",
     "Clinical effects of {drug} in",
     "A multicenter trial of {drug} in adults with",
-    "In which disease is {drug} of use?",
-    "Which disease is treated with {drug}?",
 )
 CHOICES = 4
 RESULTS = Path(__file__).parent / "results"
 
 
 class Settings(NamedTuple):
-    drugs: int = 72
-    steps: int = 5000
-    epochs: int = 16
+    drugs: int = 144
+    steps: int = 8000
+    epochs: int = 4
     documents: int = 200_000
     questions: int = 20
     """Asked about a drug."""
     seed: int = 0
 
+
+# The least that learns to compare; for tests/test_knowledge.py.
+SMALL = Settings(drugs=48, steps=3000, epochs=10)
 
 PRETRAINING = {
     "model": {"vocab_size": 768, "n_positions": 64, "n_embd": 64, "n_layer": 4, "n_head": 2, "unroll": 4},
@@ -62,9 +64,10 @@ PRETRAINING = {
 }
 FINETUNING = {
     "task": {"name": "medmcqa", "max_length": 64},
-    "model": {"embd_pdrop": 0.1, "attn_pdrop": 0.0, "resid_pdrop": 0.1, "compute_dtype": "float32", "unroll": 4},
-    "optimizer": {"learning_rate": 2e-4, "warmup_fraction": 0.1},
-    "train": {"global_batch_size": 32, "log_every": 20, "eval_every": 40},
+    "model": {"embd_pdrop": 0.05, "attn_pdrop": 0.0, "resid_pdrop": 0.05, "compute_dtype": "float32", "unroll": 4},
+    "lora": {"rank": 4},
+    "optimizer": {"learning_rate": 1e-3, "warmup_fraction": 0.1},
+    "train": {"global_batch_size": 32, "log_every": 20, "eval_every": 20},
 }
 
 
