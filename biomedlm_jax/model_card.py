@@ -139,6 +139,6 @@ def _results(run_dir: Path, step: int) -> str:
         lines += [f"- {name}: {value:.4f}" for line in at_step for name, value in line.items() if name[:5] == "eval/"]
     files = sorted(run_dir.glob(f"{evaluation.FOLDER}/*/{evaluation.RESULTS_FILE}"))
     for results in (json.loads(file.read_text()) for file in files):
-        if results["step"] == step:
+        if results.get("step") == step:
             lines.append(f"- {', '.join(results['data'])}: {scoring.describe(results)}")
     return "\n".join(lines) or "None were measured."

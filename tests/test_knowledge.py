@@ -10,7 +10,6 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 @pytest.mark.slow
 def test_a_model_answers_what_it_read_and_guesses_what_it_did_not(tmp_path, monkeypatch):
     """Pretrained, exported, and fine-tuned from the export; asked about facts that no question told it."""
-    pytest.importorskip("scipy")
     monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")  # minutes of training, unlike other tests
     import knowledge
