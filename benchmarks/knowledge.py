@@ -1,6 +1,6 @@
 """Does a model answer questions about what it read? From documents to answers, by the commands that users have.
 
-    python benchmarks/knowledge.py    # about half an hour on two CPU cores
+    python benchmarks/knowledge.py    # 18 to 30 minutes on two CPU cores
 
 Writes benchmarks/results/knowledge_cpu.json and a chart beside it. The bundled corpus invents drugs, each of use in one
 disease. A small model is pretrained on the openings (title and first sentence) of trial reports about some of the
