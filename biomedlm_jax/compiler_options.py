@@ -1,4 +1,4 @@
-"""Options of XLA's compilers that the step on several devices is compiled with, each for a reason.
+"""Options of XLA's compilers that the step is compiled with, each for a reason.
 
 They are given to `jax.jit(compiler_options=...)`, not to the environment, so that they apply to the step alone and may
 differ by device. What the user sets in XLA_FLAGS or LIBTPU_INIT_ARGS wins. Options come and go between releases: one
@@ -27,6 +27,8 @@ class Option:
     devices: str
     """What `device_kind` must match."""
     reason: str
+    exchanges: bool = True
+    """Whether it is about exchanges between devices, of which one device has none."""
 
 
 OPTIONS = (
@@ -49,6 +51,12 @@ OPTIONS = (
         "a layer has four matrices: all may be on their way at once, so that none waits for another one's product",
     ),
     Option(
+        (("xla_allow_excess_precision", False),),
+        "NVIDIA",
+        "rounds to bfloat16 where the step says so: else GELU's gradient is also written in float32, for a bias's sum",
+        exchanges=False,
+    ),
+    Option(
         (("xla_tpu_enable_sparse_core_collective_offload_all_gather", True),),
         "TPU v5$|TPU v5p|TPU v6",
         "the SparseCores gather while the TensorCores multiply",
@@ -66,9 +74,7 @@ _VARIABLES = {"gpu": "XLA_FLAGS", "cuda": "XLA_FLAGS", "tpu": "LIBTPU_INIT_ARGS"
 
 
 def for_mesh(mesh: Mesh) -> dict[str, Any]:
-    """The options to compile a step for these devices with; none for one device, which exchanges nothing."""
-    if mesh.size == 1:
-        return {}
+    """The options to compile a step for these devices with."""
     return dict(_for_mesh(mesh, os.environ.get(_VARIABLES.get(mesh.devices.flat[0].platform, "XLA_FLAGS"), "")))
 
 
@@ -79,7 +85,9 @@ def _for_mesh(mesh: Mesh, set_by_user: str) -> tuple[tuple[str, Any], ...]:
     wanted = [
         option
         for option in OPTIONS
-        if re.search(option.devices, kind) and not theirs & {name for name, _ in option.spellings}
+        if re.search(option.devices, kind)
+        and (mesh.size > 1 or not option.exchanges)
+        and not theirs & {name for name, _ in option.spellings}
     ]
     if not wanted:
         return ()

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from biomedlm_jax.attention import causal_attention, dropout
 from biomedlm_jax.config import ModelConfig
+from biomedlm_jax.elementwise import gelu, layer_norm
 from biomedlm_jax.finetune_config import LoraConfig
 from biomedlm_jax.kernels.documents import documents
 from biomedlm_jax.kernels.flash_attention import CHECKPOINT_NAME
@@ -53,15 +54,16 @@ def _linear(width_in: int, width_out: int, stddev: float, rngs: nnx.Rngs) -> Lin
     return Linear(width_in, width_out, kernel_init=nnx.initializers.normal(stddev), rngs=rngs)
 
 
-def _layer_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # The fast variance, E[x^2] - E[x]^2, cancels where the residual stream's mean is large.
-    return nnx.LayerNorm(
-        config.n_embd,
-        epsilon=config.layer_norm_epsilon,
-        dtype=jnp.dtype(config.compute_dtype),
-        use_fast_variance=False,
-        rngs=rngs,
-    )
+class LayerNorm(nnx.LayerNorm):
+    """LayerNorm whose backward pass keeps its input only."""
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:  # type: ignore[override]
+        """`x` normalized over the last axis, in its own type."""
+        return layer_norm(x, self.scale[...], self.bias[...], self.epsilon)  # type: ignore[index]
+
+
+def _layer_norm(config: ModelConfig, rngs: nnx.Rngs) -> LayerNorm:
+    return LayerNorm(config.n_embd, epsilon=config.layer_norm_epsilon, rngs=rngs)
 
 
 class Attention(nnx.Module):
@@ -102,7 +104,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch seq embd"]) -> Float[Array, "batch seq embd"]:
         """The same function of each position."""
-        return self.c_proj(jax.nn.gelu(self.c_fc(x), approximate=True))
+        return self.c_proj(gelu(self.c_fc(x)))
 
 
 class Block(nnx.Module):
@@ -297,7 +299,7 @@ def merge_block(config: ModelConfig, params: Params) -> Block:
     return nnx.merge(_graphdef(Block, config), params)
 
 
-def merge_layer_norm(config: ModelConfig, params: Params) -> nnx.LayerNorm:
+def merge_layer_norm(config: ModelConfig, params: Params) -> LayerNorm:
     """The last LayerNorm with its parameters; cheap, for use inside a traced function."""
     return nnx.merge(_graphdef(_layer_norm, config), params)
 
