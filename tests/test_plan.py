@@ -554,7 +554,7 @@ def test_the_published_run_is_planned_for_its_pod(subprocess_env):
 @pytest.mark.slow
 def test_what_does_not_fit_ends_with_the_nearest_that_does(subprocess_env):
     require("a100-40gb")
-    args = ("--config", CONFIG_FILE, "--target", "a100-40gb:1x8", "--train.global_batch_size", "64")
+    args = ("--config", CONFIG_FILE, "--target", "a100-40gb:1x8", "--train.global_batch_size", "128")
     result = plan_command(*args, "--model.remat", "none", env=subprocess_env)
     assert result.returncode == 1 and "DOES NOT FIT" in result.stdout
     assert "the nearest that fits" in result.stderr and "--model.remat" in result.stderr
