@@ -25,7 +25,7 @@ def layer_norm(
 
 def _layer_norm_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, tuple[Array, ...]]:
     mean, inverse = _moments(x, epsilon)
-    return ((_normalized(x, mean, inverse)) * scale + bias).astype(x.dtype), (x, mean, inverse, scale)
+    return (_normalized(x, mean, inverse) * scale + bias).astype(x.dtype), (x, mean, inverse, scale)
 
 
 def _moments(x: Array, epsilon: float) -> Moments:
