@@ -109,23 +109,20 @@ def _evaluate_task(args: argparse.Namespace) -> None:
     there = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise UserError(f"--output {output} cannot be made, as {there} is no folder that can be written to")
+    shots = evaluation.Shots(tuple(_shots(args)), args.choices, args.rule)
     evaluated = evaluation.evaluate(
         args.checkpoint,
         args.task,
         args.data,
         step=args.step,
         batch_size=args.batch_size,
-        shots=evaluation.Shots(_shots(args), args.choices, args.rule) if _asks_for_likelihood(args) else None,
+        shots=None if shots == evaluation.Shots() else shots,
         new_tokens=args.max_new_tokens,
     )
     output.mkdir(parents=True, exist_ok=True)
     evaluation.write(evaluated, output)
     print(scoring.describe(evaluated.results))
     print(f"written to {output}: {evaluation.PREDICTIONS_FILE}, {evaluation.RESULTS_FILE}")
-
-
-def _asks_for_likelihood(args: argparse.Namespace) -> bool:
-    return bool(args.shots or args.shots_data) or (args.choices, args.rule) != ("texts", "length")
 
 
 def _shots(args: argparse.Namespace) -> list[Any]:

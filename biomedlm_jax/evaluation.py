@@ -15,7 +15,7 @@ from biomedlm_jax import adaptation, decoding, encoding, generation, heads, like
 from biomedlm_jax.config import Config
 from biomedlm_jax.errors import UserError
 from biomedlm_jax.files import replace_file
-from biomedlm_jax.finetune_config import GENERATION, MULTIPLE_CHOICE, FinetuneConfig, Name
+from biomedlm_jax.finetune_config import MULTIPLE_CHOICE, FinetuneConfig, Name
 from biomedlm_jax.generation_config import GenerationConfig
 from biomedlm_jax.likelihood import Choices
 from biomedlm_jax.tasks import LETTERS, TASKS, Example, Generation, MultipleChoice
@@ -91,16 +91,12 @@ def evaluate(
 def _by_head(
     path: str | Path, tuned: FinetuneConfig, name: Name, examples: list[Example], step: int | None, batch_size: int
 ) -> Evaluation:
-    if (name in MULTIPLE_CHOICE) != (tuned.task.name in MULTIPLE_CHOICE) or (
-        TASKS[name].labels != TASKS[tuned.task.name].labels or name in GENERATION
-    ):
+    if _answers(name) != _answers(tuned.task.name):
         raise UserError(
             f"{path} has a head for {tuned.task.name}{_labels(tuned.task.name)}, and {name}{_labels(name)} needs "
             f"another: fine-tune the model on {name}"
         )
-    # How attention is computed is a matter of the device that it is computed on.
-    model = dataclasses.replace(tuned.model, attention="auto")
-    asked = dataclasses.replace(tuned, task=dataclasses.replace(tuned.task, name=name), model=model)
+    asked = dataclasses.replace(tuned, task=dataclasses.replace(tuned.task, name=name), model=load.read_config(path))
     mesh = load.make_mesh(asked.model)
     encoded = encoding.encode(asked, load.load_tokenizer(path), examples)
     logger.info("%s", encoded.description(asked))
@@ -117,6 +113,11 @@ def _by_head(
         params = load.load_on_mesh(path, step, mesh)
         found = scoring.gather(heads.jit_scores(asked, mesh), params, batches, len(encoded))
     return _answered(name, examples, found, {"answered_by": "head", "cut": encoded.cut})
+
+
+def _answers(name: str) -> tuple[bool, tuple[str, ...]]:
+    """What a head for a task chooses among: choices, or these labels."""
+    return name in MULTIPLE_CHOICE, TASKS[name].labels
 
 
 def _labels(name: str) -> str:

@@ -238,7 +238,7 @@ def load_params(path: str | Path, step: int | None = None, shardings: Params | N
     task = read_task(path)
     if _is_run(path):
         return _load_finetuned(path, task, step, shardings) if task else checkpoint.load_params(path, step, shardings)
-    find_step(path, step)
+    find_step(path, step)  # refuses one
     head = huggingface.head_tensors(task) if task else ()
     flat = traverse_util.flatten_dict(huggingface.load_params(path, head)[1], sep="/")
     where = _on_mesh_of(shardings, flat) or dict.fromkeys(flat)
