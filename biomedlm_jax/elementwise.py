@@ -15,6 +15,27 @@ from jaxtyping import Array, Float
 Moments = tuple[Float[Array, "*batch 1"], Float[Array, "*batch 1"]]
 
 
+@jax.custom_vjp
+def add_bias(x: Float[Array, "*batch width"], bias: Float[Array, "width"]) -> Float[Array, "*batch width"]:
+    """`x` plus the bias, in the type of `x`, so that a product can add it before it is written.
+
+    The gradient of a bias is a sum over all tokens of the batch, in float32. In bfloat16 such a sum stops to grow after
+    some hundred terms: it was 20 % off at 16,384 tokens.
+    """
+    return x + bias.astype(x.dtype)
+
+
+def _add_bias_forward(x: Array, bias: Array) -> tuple[Array, Array]:
+    return add_bias(x, bias), bias
+
+
+def _add_bias_backward(bias: Array, gradient: Array) -> tuple[Array, Array]:
+    return gradient, gradient.sum(axis=range(gradient.ndim - 1), dtype=bias.dtype)
+
+
+add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(
     x: Float[Array, "*batch width"], scale: Float[Array, "width"], bias: Float[Array, "width"], epsilon: float
@@ -58,7 +79,7 @@ layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 @jax.custom_vjp
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))), Hugging Face's gelu_new."""
-    return jax.nn.gelu(x, approximate=True)
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
 def _gelu_forward(x: Array) -> tuple[Array, Array]:

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -31,6 +30,40 @@ def _head_logits_backward(residuals: tuple[Array, Array], gradient: Array) -> tu
 head_logits.defvjp(_head_logits_forward, _head_logits_backward)
 
 
+@jax.custom_vjp
+def _head_loss(
+    hidden: Float[Array, "*batch embd"],
+    wte: Float[Array, "vocab embd"],
+    labels: Int[Array, "*batch"],
+    weights: Float[Array, "*batch"],
+) -> Float[Array, ""]:
+    """The sum of `weights` times -log p(label), in nats.
+
+    Its gradient is made in one pass over the logits and written in the type of `hidden`, as the products take it. The
+    derivative that JAX makes writes three arrays of the logits' size, two of them in float32.
+    """
+    return _head_loss_forward(hidden, wte, labels, weights)[0]
+
+
+def _head_loss_forward(
+    hidden: Array, wte: Array, labels: Array, weights: Array
+) -> tuple[Float[Array, ""], tuple[Array, ...]]:
+    logits = head_logits(hidden, wte)
+    log_sum = jax.nn.logsumexp(logits, axis=-1)
+    losses = log_sum - jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    return jnp.sum(losses * weights), (hidden, wte, labels, weights, logits, log_sum)
+
+
+def _head_loss_backward(residuals: tuple[Array, ...], gradient: Array) -> tuple[Array | None, ...]:
+    hidden, wte, labels, weights, logits, log_sum = residuals
+    chosen = jnp.arange(logits.shape[-1]) == labels[..., None]
+    of_logits = (jnp.exp(logits - log_sum[..., None]) - chosen) * (gradient * weights)[..., None]
+    return *_head_logits_backward((hidden, wte), of_logits), None, None
+
+
+_head_loss.defvjp(_head_loss_forward, _head_loss_backward)
+
+
 def next_token_loss(
     hidden: Float[Array, "batch seq embd"],
     wte: Float[Array, "vocab embd"],
@@ -50,21 +83,20 @@ def next_token_loss(
       chunk: positions of a row whose logits exist at once, recomputed for the gradient; 0 is all of them.
     """
     labels = jnp.roll(tokens, -1, axis=1)
-    weights = _target_mask(mask)
-
-    def chunk_loss(hidden: Array, labels: Array, weights: Array) -> Array:
-        losses = optax.softmax_cross_entropy_with_integer_labels(head_logits(hidden, wte), labels)
-        return jnp.sum(losses * weights)
-
+    weights = _target_mask(mask).astype(jnp.float32)
     if not chunk:
-        return chunk_loss(hidden, labels, weights)
+        return _head_loss(hidden, wte, labels, weights)
     # Along the sequence, never the batch: the batch is sharded over devices.
     batch, seq = tokens.shape
     chunks = [
         jnp.moveaxis(x.reshape(batch, seq // chunk, chunk, *x.shape[2:]), 1, 0) for x in (hidden, labels, weights)
     ]
-    total, _ = jax.lax.scan(lambda total, xs: (total + jax.checkpoint(chunk_loss)(*xs), None), jnp.float32(0), chunks)
-    return total
+
+    def add(total: Array, inputs: list[Array]) -> tuple[Array, None]:
+        hidden, labels, weights = inputs
+        return total + jax.checkpoint(_head_loss)(hidden, wte, labels, weights), None
+
+    return jax.lax.scan(add, jnp.float32(0), chunks)[0]
 
 
 def target_count(mask: Bool[Array, "batch seq"]) -> Float[Array, ""]:

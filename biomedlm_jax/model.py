@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from biomedlm_jax.attention import causal_attention, dropout
 from biomedlm_jax.config import ModelConfig
-from biomedlm_jax.elementwise import gelu, layer_norm
+from biomedlm_jax.elementwise import add_bias, gelu, layer_norm
 from biomedlm_jax.finetune_config import LoraConfig
 from biomedlm_jax.kernels.documents import documents
 from biomedlm_jax.kernels.flash_attention import CHECKPOINT_NAME
@@ -47,7 +47,7 @@ class Linear(nnx.Linear):
         if self.lora is not None:
             # Apart from the frozen kernel, whose gradient would be the dearest product of all.
             product = product + self.lora(x) * self.lora_scale
-        return (product + self.bias[...]).astype(x.dtype)  # type: ignore[index]
+        return add_bias(product, self.bias[...])  # type: ignore[index]
 
 
 def _linear(width_in: int, width_out: int, stddev: float, rngs: nnx.Rngs) -> Linear:
@@ -126,8 +126,16 @@ class Block(nnx.Module):
     ) -> Float[Array, "batch seq embd"]:
         """The residual stream after the block; arguments as of `Attention`."""
         attn_keys, attn_out_keys, mlp_out_keys = (None if keys is None else _fold_in(keys, i) for i in range(3))
-        x = x + dropout(self.attn(self.ln_1(x), layer, attend, attn_keys), self.resid_pdrop, attn_out_keys)
-        return x + dropout(self.mlp(self.ln_2(x)), self.resid_pdrop, mlp_out_keys)
+        x = _add(x, dropout(self.attn(self.ln_1(x), layer, attend, attn_keys), self.resid_pdrop, attn_out_keys))
+        return _add(x, dropout(self.mlp(self.ln_2(x)), self.resid_pdrop, mlp_out_keys))
+
+
+def _add(x: Array, y: Array) -> Array:
+    """x + y, rounded once; spelled in float32 so that a product does not add it.
+
+    For that cuBLAS would copy x to where it writes, while LayerNorm reads both for its mean anyway.
+    """
+    return (x.astype(jnp.float32) + y.astype(jnp.float32)).astype(x.dtype)
 
 
 def _add_lora(block: Block, lora: LoraConfig, dtype: Any, rngs: nnx.Rngs) -> Block:
