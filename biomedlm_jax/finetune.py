@@ -28,6 +28,7 @@ with epy.lazy_imports():
     from biomedlm_jax import (
         adaptation,
         checkpoint,
+        devices,
         distributed,
         encoding,
         heads,
@@ -90,6 +91,7 @@ def _finetune(config: FinetuneConfig, job: Any) -> int:
     """`finetune` once all processes of the run have met."""
     run_dir = Path(config.run.dir)
     job.check_devices()
+    devices.keep_compiled_programs()
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_divisible(config, mesh)
 

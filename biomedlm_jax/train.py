@@ -29,6 +29,7 @@ with epy.lazy_imports():
         bandwidth,
         checkpoint,
         data,
+        devices,
         distributed,
         load,
         metrics,
@@ -75,6 +76,7 @@ def _train(config: Config, job: Any) -> int:
 
     # ---- Devices
     job.check_devices()
+    devices.keep_compiled_programs()
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_divisible(config, mesh)
     logger.info(
