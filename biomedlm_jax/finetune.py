@@ -148,7 +148,7 @@ def _run(config: FinetuneConfig, mesh: Any, checkpointer: Any, job: Any, train_s
     # ---- The loop
     done, stop = start_step, False
     with job.closing(running.Record(config, start_step, checkpointer, job, throughput, count)) as record:
-        for done, batch in enumerate(batches, start=start_step + 1):
+        for done, batch in enumerate(record.batches(batches), start=start_step + 1):
             state, values = train_step(state, batch, *((frozen,) if frozen else ()))
             record.trained(done, values)
             last = done == steps
@@ -160,9 +160,8 @@ def _run(config: FinetuneConfig, mesh: Any, checkpointer: Any, job: Any, train_s
                 progress = progress.after(done, results)
             elif not stop:
                 continue
-            record.check()
-            checkpointer.save(state, {"data": identity, **dataclasses.asdict(progress)})
-            record.throughput.restart(done)
+            with record.saving(done):
+                checkpointer.save(state, {"data": identity, **dataclasses.asdict(progress)})
             if stop or progress.out_of_patience(config):
                 break
         checkpointer.wait()

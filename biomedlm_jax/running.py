@@ -6,7 +6,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from biomedlm_jax.finetune_config import FinetuneConfig
 from biomedlm_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+# The part of a run's time that its devices may spend waiting for input before a warning.
+_STARVED = 0.05
 
 
 def hold(config: Config | FinetuneConfig, stack: contextlib.ExitStack) -> None:
@@ -120,6 +123,21 @@ class Record:
         self.first_loss = self.last_loss = math.nan
         self.last_evaluation: dict[str, float] = {}
         self._started = time.monotonic()
+        self._stalled = 0.0
+        self._warned = False
+
+    def batches(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches, while the loop's waits for them are measured."""
+        iterator, end = iter(batches), object()
+        while True:
+            begun = time.perf_counter()
+            batch = next(iterator, end)
+            # The step before is under way: a wait is hidden behind it unless it is complete by now.
+            idle = self._pending is None or all(value.is_ready() for value in self._pending[1].values())
+            self.throughput.waited(time.perf_counter() - begun, idle)
+            if batch is end:
+                return
+            yield batch
 
     def trained(self, done: int, values: dict[str, Any]) -> None:
         """Takes the numbers of step `done`, still being computed."""
@@ -155,7 +173,30 @@ class Record:
             self.first_loss = loss
         self.last_loss = loss
         if done == 1 or done % self._config.train.log_every == 0 or done == self._config.train.steps:
+            if self._stalled:
+                numbers["perf/checkpoint_stall_seconds"] = self._stalled
+                self._stalled = 0.0
             self._write(done, numbers | self.throughput.read(done))
+            self._warn_of_starvation()
+
+    def _warn_of_starvation(self) -> None:
+        if not self._warned and self.throughput.starved > _STARVED:
+            self._warned = True
+            remedy = "a higher data.reader_threads or a faster disk under the rows may help"
+            logger.warning(
+                "devices have waited for input in %.0f %% of the time until now%s",
+                100 * self.throughput.starved,
+                f": {remedy}" if isinstance(self._config, Config) else "",
+            )
+
+    @contextlib.contextmanager
+    def saving(self, done: int) -> Iterator[None]:
+        """Measures how long the loop stands still to save step `done`, first of all until the step is complete."""
+        begun = time.perf_counter()
+        self.check()
+        yield
+        self._stalled += time.perf_counter() - begun
+        self.throughput.restart(done)
 
     def evaluated(self, done: int, results: dict[str, float]) -> None:
         """Takes the numbers of an evaluation after step `done`."""

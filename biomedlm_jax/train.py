@@ -156,7 +156,7 @@ def _run(config: Config, mesh: Any, checkpointer: Any, job: Any) -> int:
     with job.closing(running.Record(config, start_step, checkpointer, job, throughput, count)) as record:
         if start_step == 0 and config.train.eval_every:
             record.evaluated(0, evaluator(state.params))
-        for done, batch in enumerate(batches, start=start_step + 1):
+        for done, batch in enumerate(record.batches(batches), start=start_step + 1):
             state, values = train_step(state, batch)
             record.trained(done, values)
             last = done == config.train.steps
@@ -166,10 +166,9 @@ def _run(config: Config, mesh: Any, checkpointer: Any, job: Any) -> int:
                 record.evaluated(done, evaluator(state.params))
             stop = job.should_stop() and not last
             if last or stop or done % config.train.checkpoint_every == 0:
-                record.check()
-                check_rows()
-                checkpointer.save(state, {"data": identity})
-                record.throughput.restart(done)
+                with record.saving(done):
+                    check_rows()
+                    checkpointer.save(state, {"data": identity})
             if stop:
                 break
         checkpointer.wait()

@@ -101,6 +101,9 @@ def test_the_contract_of_the_run_folder(straight, prepared):
         assert {"train/grad_norm", "train/learning_rate"} <= line.keys()
     assert {"perf/tokens_per_second", "perf/mfu", "perf/step_seconds"} <= trained[-1].keys()
     assert trained[-1]["perf/tokens_per_second"] * trained[-1]["perf/step_seconds"] == pytest.approx(16 * 64)
+    assert all(line["perf/input_wait_seconds"] >= 0 for line in trained if "perf/step_seconds" in line)
+    # After the checkpoints, of which the last one is after the last line.
+    assert [line["step"] for line in trained if "perf/checkpoint_stall_seconds" in line] == [6, 11, 16, 21, 26]
     evaluated = {line["step"]: line for line in lines if "eval/loss" in line}
     assert set(evaluated) == {0, 10, 20, 30}
     assert evaluated[30]["eval/perplexity"] == pytest.approx(np.exp(evaluated[30]["eval/loss"]))
