@@ -17,6 +17,7 @@ from biomedlm_jax import config as config_lib
 from biomedlm_jax.config import Config
 from biomedlm_jax.errors import UserError
 from biomedlm_jax.finetune_config import FinetuneConfig
+from biomedlm_jax.startup import Startup
 from biomedlm_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -114,6 +115,7 @@ class Record:
         job: Any,
         throughput: metrics.Throughput,
         count: Callable[[int], dict[str, float]],
+        startup: Startup,
     ):
         """Args: `count`, from completed steps to what was read until then, such as 'tokens'."""
         self.throughput, self._count = throughput, count
@@ -124,6 +126,7 @@ class Record:
         self.last_evaluation: dict[str, float] = {}
         self._started = time.monotonic()
         self._stalled = 0.0
+        self._startup: Startup | None = startup
         self._warned = False
 
     def batches(self, batches: Iterable[Any]) -> Iterator[Any]:
@@ -144,9 +147,12 @@ class Record:
         self.check()
         self._pending = done, values
         if done == self.start_step + 1:
-            # The first step compiles, which is no measure of speed.
+            # The first step waits for its rows and loads the program: no measure of speed.
             jax.block_until_ready(values)
             self.throughput.restart(done)
+            assert self._startup
+            self._startup.end("first step")
+            logger.info("%s", self._startup)
         if self._writer:
             self._writer.advance(done)
 
@@ -173,6 +179,9 @@ class Record:
             self.first_loss = loss
         self.last_loss = loss
         if done == 1 or done % self._config.train.log_every == 0 or done == self._config.train.steps:
+            if self._startup:
+                numbers |= self._startup.numbers
+                self._startup = None
             if self._stalled:
                 numbers["perf/checkpoint_stall_seconds"] = self._stalled
                 self._stalled = 0.0

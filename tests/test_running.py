@@ -3,7 +3,7 @@
 import pytest
 import tiny
 
-from biomedlm_jax import distributed, metrics, running
+from biomedlm_jax import distributed, metrics, running, startup
 
 STEP = 1.0
 STALL = "perf/checkpoint_stall_seconds"
@@ -61,7 +61,7 @@ def clock(monkeypatch):
     return clock
 
 
-def run(tmp_path, clock, input_seconds, steps=30, save_at=(), save_seconds=0.0):
+def run(tmp_path, clock, input_seconds, steps=30, save_at=(), save_seconds=0.0, begun=None):
     """The lines of a run whose batches take so long to come; its events."""
     config = tiny.replace(train={"steps": steps, "log_every": 1}, run={"dir": str(tmp_path), "tensorboard": False})
     device, throughput = Device(clock), metrics.Throughput({"tokens": 1})
@@ -71,7 +71,7 @@ def run(tmp_path, clock, input_seconds, steps=30, save_at=(), save_seconds=0.0):
             clock.now += input_seconds
             yield step
 
-    record = running.Record(config, 0, None, distributed.Job(), throughput, lambda done: {})
+    record = running.Record(config, 0, None, distributed.Job(), throughput, lambda done: {}, begun or startup.Startup())
     for done, batch in enumerate(record.batches(read()), start=1):
         record.trained(done, device.run(batch))
         if done in save_at:
@@ -108,3 +108,22 @@ def test_a_checkpoint_counts_as_a_stall_and_not_as_a_step(tmp_path, clock):
     stalls = {line["step"]: line[STALL] for line in lines if STALL in line}
     assert stalls == {5: pytest.approx(7 + STEP), 9: pytest.approx(7 + STEP)}
     assert all(line["perf/step_seconds"] < 2 * STEP for line in lines if "perf/step_seconds" in line)
+
+
+def test_the_time_to_the_first_step_is_said_and_kept(tmp_path, clock, caplog, monkeypatch):
+    monkeypatch.setattr(startup, "time", clock)
+    caplog.set_level("INFO")
+    begun = startup.Startup(clock.now)
+    for part, seconds, note in (("imports", 2.0, ""), ("compilation", 30.0, "from the cache")):
+        clock.now += seconds
+        begun.end(part, note)
+    lines, _ = run(tmp_path, clock, input_seconds=0.5, steps=3, begun=begun)
+    assert "first step after 33.5 s: imports 2.0, compilation 30.0 (from the cache), first step 1.5" in caplog.messages
+    parts = {name: value for name, value in lines[0].items() if name.startswith("perf/startup")}
+    assert parts == {
+        "perf/startup_seconds": 33.5,
+        "perf/startup_seconds/imports": 2,
+        "perf/startup_seconds/compilation": 30,
+        "perf/startup_seconds/first_step": 1.5,
+    }
+    assert not any("perf/startup_seconds" in line for line in lines[1:])

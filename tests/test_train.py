@@ -1,7 +1,9 @@
 """The command as users run it: in processes of its own, stopped in every way, and resumed."""
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import tiny
 
-from biomedlm_jax import checkpoint, files, metrics, model, preparation, rows
+from biomedlm_jax import checkpoint, files, metrics, model, preparation, program, rows
 from biomedlm_jax import config as config_lib
 from biomedlm_jax import step as step_lib
 from biomedlm_jax import train as train_lib
@@ -92,6 +94,9 @@ def straight(prepared, tmp_path_factory):
     return {devices: str(folder / str(devices)) for devices in (1, 8)}
 
 
+PARTS = ("imports", "devices", "rows", "weights", "compilation", "evaluation", "first_step")
+
+
 def test_the_contract_of_the_run_folder(straight, prepared):
     lines = metrics.read_metrics(straight[1])
     trained = [line for line in lines if "train/loss" in line]
@@ -102,6 +107,10 @@ def test_the_contract_of_the_run_folder(straight, prepared):
     assert {"perf/tokens_per_second", "perf/mfu", "perf/step_seconds"} <= trained[-1].keys()
     assert trained[-1]["perf/tokens_per_second"] * trained[-1]["perf/step_seconds"] == pytest.approx(16 * 64)
     assert all(line["perf/input_wait_seconds"] >= 0 for line in trained if "perf/step_seconds" in line)
+    startup = {name for name in trained[0] if name.startswith("perf/startup_seconds/")}
+    assert startup == {f"perf/startup_seconds/{part}" for part in PARTS}
+    assert trained[0]["perf/startup_seconds"] == pytest.approx(sum(trained[0][name] for name in startup))
+    assert not any("perf/startup_seconds" in line for line in trained[1:])
     # After the checkpoints, of which the last one is after the last line.
     assert [line["step"] for line in trained if "perf/checkpoint_stall_seconds" in line] == [6, 11, 16, 21, 26]
     evaluated = {line["step"]: line for line in lines if "eval/loss" in line}
@@ -265,6 +274,68 @@ def test_numbers_of_a_step_are_read_before_its_evaluation(prepared, tmp_path, mo
     monkeypatch.setattr(step_lib, "held_out_loss", spy)
     assert train_lib.train(config) == 0
     assert seen == [0, 2, 4]
+
+
+class Watched:
+    """A number of a step on the device, which notes when it is fetched."""
+
+    def __init__(self, value, note):
+        self.value, self.note = value, note
+
+    def is_ready(self):
+        return self.value.is_ready()
+
+    def block_until_ready(self):
+        return self.value.block_until_ready()
+
+    def __float__(self):
+        self.note()
+        return float(self.value)
+
+    def __int__(self):
+        self.note()
+        return int(self.value)
+
+
+def test_the_loop_fetches_nothing_of_a_step_before_the_next_one_is_under_way(prepared, tmp_path, monkeypatch):
+    config = make_config(prepared, tmp_path / "run", train={"steps": 6, "eval_every": 4, "checkpoint_every": 6})
+    call, events = program.Program.__call__, []
+
+    def spy(self, state, batch):
+        if events:
+            state = dataclasses.replace(state, step=state.step.value)
+        state, values = call(self, state, batch)
+        step = sum(what == "started" for what, _ in events) + 1
+        events.append(("started", step))
+
+        def note():
+            if events[-1] != ("fetched", step):
+                events.append(("fetched", step))
+
+        watched = {name: Watched(value, note) for name, value in values.items()}
+        return dataclasses.replace(state, step=Watched(state.step, note)), watched
+
+    monkeypatch.setattr(program.Program, "__call__", spy)
+    assert train_lib.train(config) == 0
+    # The evaluation after step 4 and the end wait for theirs.
+    order = "started 1, started 2, fetched 1, started 3, fetched 2, started 4, fetched 3, fetched 4, "
+    order += "started 5, started 6, fetched 5, fetched 6"
+    assert ", ".join(f"{what} {step}" for what, step in events) == order
+
+
+def test_a_second_run_takes_its_step_from_the_cache(prepared, tmp_path, subprocess_env):
+    env = subprocess_env | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    for name in ("first", "second"):
+        config = make_config(
+            prepared, tmp_path / name, train={"steps": 2, "eval_every": 0}, optimizer={"warmup_steps": 1}
+        )
+        status, _, err = run_train(config, env)
+        assert status == 0, err
+        (line,) = re.findall("first step after .*", err)
+        assert ("(from the cache)" in line) == (name == "second")
 
 
 def test_a_finished_run_says_so(straight, prepared, caplog):
