@@ -143,14 +143,12 @@ def _run(
     # ---- The compiled steps, and the batches they take
     rows, size = sharding.batch_sharding(mesh), config.train.global_batch_size
     objective = adaptation.objective(config)
+    state_shardings = sharding.tree_shardings(mesh, state)
+    frozen_shardings = sharding.tree_shardings(mesh, frozen) if frozen else None
     train_step = program.Program(
-        step.jit_train_step(
-            config,
-            sharding.tree_shardings(mesh, state),
-            rows,
-            objective,
-            sharding.tree_shardings(mesh, frozen) if frozen else None,
-        )
+        config,
+        lambda config: step.jit_train_step(config, state_shardings, rows, objective, frozen_shardings),
+        job.first("read the limit of its memory", program.memory_limit),
     )
     others = (frozen,) if frozen else ()
     read = functools.partial(encoding.train_batches, train_set, config.train.seed, size, stop_step=steps, sharding=rows)

@@ -137,7 +137,11 @@ def _run(config: Config, mesh: Any, checkpointer: Any, job: Any, startup: Startu
 
     # ---- The compiled steps, and the batches they take
     batch_sharding = sharding.batch_sharding(mesh)
-    train_step = program.Program(step.jit_train_step(config, state_shardings, batch_sharding))
+    train_step = program.Program(
+        config,
+        lambda config: step.jit_train_step(config, state_shardings, batch_sharding),
+        job.first("read the limit of its memory", program.memory_limit),
+    )
     train_step.compile(state, data.abstract_batch(config))
     startup.end("compilation", "from the cache" if train_step.from_cache else "")
     evaluator = _Evaluator(config, held_out, batch_sharding, job)
