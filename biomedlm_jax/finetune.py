@@ -166,7 +166,8 @@ def _run(
     done, stop = start_step, False
     with job.closing(running.Record(config, start_step, checkpointer, job, throughput, count, startup)) as record:
         for done, batch in enumerate(record.batches(read(start_step)), start=start_step + 1):
-            state, values = train_step(state, batch, *others)
+            with record.step(done):
+                state, values = train_step(state, batch, *others)
             record.trained(done, values)
             last = done == steps
             stop = job.should_stop() and not last

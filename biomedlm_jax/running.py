@@ -17,6 +17,7 @@ from biomedlm_jax import config as config_lib
 from biomedlm_jax.config import Config
 from biomedlm_jax.errors import UserError
 from biomedlm_jax.finetune_config import FinetuneConfig
+from biomedlm_jax.profiling import Profile
 from biomedlm_jax.startup import Startup
 from biomedlm_jax.tokenizer import Tokenizer
 
@@ -121,6 +122,7 @@ class Record:
         self.throughput, self._count = throughput, count
         self._config, self.start_step, self._checkpointer = config, start_step, checkpointer
         self._writer = metrics.MetricWriter(config, start_step) if job.index == 0 else None
+        self._profile = Profile(config.run.dir, start_step, config.train.profile_steps if job.index == 0 else 0)
         self._pending: tuple[int, dict[str, Any]] | None = None
         self.first_loss = self.last_loss = math.nan
         self.last_evaluation: dict[str, float] = {}
@@ -142,6 +144,18 @@ class Record:
                 return
             yield batch
 
+    @contextlib.contextmanager
+    def step(self, done: int) -> Iterator[None]:
+        """Surrounds the start of the step after which `done` are complete; a profile begins with one."""
+        if self._profile.first <= done <= self._profile.last:
+            if done == self._profile.first:
+                self.check()  # of the steps before, nothing is left to run in it
+                self._profile.start()
+            with jax.profiler.StepTraceAnnotation("train", step_num=done):
+                yield
+        else:
+            yield
+
     def trained(self, done: int, values: dict[str, Any]) -> None:
         """Takes the numbers of step `done`, still being computed."""
         self.check()
@@ -153,6 +167,10 @@ class Record:
             assert self._startup
             self._startup.end("first step")
             logger.info("%s", self._startup)
+        if self._profile.is_recording and done == self._profile.last:
+            self.check()
+            self._profile.stop()
+            self.throughput.restart(done)
         if self._writer:
             self._writer.advance(done)
 
@@ -221,6 +239,7 @@ class Record:
 
     def close(self) -> None:
         """Writes out everything."""
+        self._profile.stop()
         if self._writer:
             self._writer.close()
 

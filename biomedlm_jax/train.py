@@ -176,7 +176,8 @@ def _run(config: Config, mesh: Any, checkpointer: Any, job: Any, startup: Startu
             record.evaluated(0, evaluator(state.params))
             startup.end("evaluation")
         for done, batch in enumerate(record.batches(batches), start=start_step + 1):
-            state, values = train_step(state, batch)
+            with record.step(done):
+                state, values = train_step(state, batch)
             record.trained(done, values)
             last = done == config.train.steps
             if last or (config.train.eval_every and done % config.train.eval_every == 0):

@@ -1,6 +1,7 @@
 """The command as users run it: in processes of its own, stopped in every way, and resumed."""
 
 import dataclasses
+import gzip
 import json
 import os
 import re
@@ -336,6 +337,23 @@ def test_a_second_run_takes_its_step_from_the_cache(prepared, tmp_path, subproce
         assert status == 0, err
         (line,) = re.findall("first step after .*", err)
         assert ("(from the cache)" in line) == (name == "second")
+
+
+@pytest.mark.parametrize(("profiled", "steps"), [(2, [3, 4]), (9, [3, 4, 5])])
+def test_a_profile_has_the_steps_asked_for(prepared, tmp_path, caplog, profiled, steps):
+    """As many as there are: the run ends after five."""
+    config = make_config(prepared, tmp_path / "run", train={"steps": 5, "eval_every": 0, "profile_steps": profiled})
+    with caplog.at_level("INFO", logger="biomedlm_jax"):
+        assert train_lib.train(config) == 0
+    assert f"profile from step 3 on: xprof --logdir {tmp_path}/run/profile shows it" in caplog.text
+    (folder,) = (tmp_path / "run" / "profile" / "plugins" / "profile").iterdir()
+    assert [path.stat().st_size > 0 for path in folder.glob("*.xplane.pb")] == [True]
+    with gzip.open(folder / "perfetto_trace.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    assert sorted(int(event["args"]["step_num"]) for event in events if event.get("name") == "train") == steps
+    # What the device did, too, and not only what this process asked of it.
+    assert any("dot" in event.get("name", "") for event in events)
+    assert set(losses(config.run.dir)) == {1, 2, 3, 4, 5}
 
 
 def test_a_finished_run_says_so(straight, prepared, caplog):
