@@ -98,7 +98,7 @@ def _finetune(config: FinetuneConfig, job: Any, startup: Startup) -> int:
     """`finetune` once all processes of the run have met."""
     run_dir = Path(config.run.dir)
     job.check_devices()
-    devices.keep_compiled_programs()
+    devices.keep_compiled_programs(job)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_divisible(config, mesh)
     startup.end("devices")

@@ -84,7 +84,7 @@ def _train(config: Config, job: Any, startup: Startup) -> int:
 
     # ---- Devices
     job.check_devices()
-    devices.keep_compiled_programs()
+    devices.keep_compiled_programs(job)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_divisible(config, mesh)
     logger.info(

@@ -6,7 +6,7 @@ import sys
 import jax
 import pytest
 
-from biomedlm_jax import devices
+from biomedlm_jax import devices, distributed
 
 SETTINGS = ("jax_compilation_cache_dir", "jax_enable_compilation_cache", "jax_persistent_cache_enable_xla_caches")
 
@@ -24,7 +24,7 @@ def nothing_set(monkeypatch, tmp_path):
 
 
 def where():
-    devices.keep_compiled_programs()
+    devices.keep_compiled_programs(distributed.Job())
     return jax.config.jax_compilation_cache_dir
 
 
@@ -66,13 +66,21 @@ def test_a_folder_that_cannot_be_written_to_costs_a_warning(nothing_set, asked, 
     assert jax.config.jax_persistent_cache_enable_xla_caches == "none"
 
 
+def test_a_folder_that_not_all_processes_see_is_not_used(nothing_set, tmp_path, monkeypatch, caplog):
+    """Some would find a program that the others compile, and compilers of GPUs wait for each other."""
+    monkeypatch.setattr(distributed.Job, "all", lambda self, what, here: False)
+    assert where() is None
+    assert f"not all processes see {tmp_path}/home/biomedlm_jax/compiled" in caplog.text
+    assert not any((tmp_path / "home" / "biomedlm_jax" / "compiled").iterdir())
+
+
 def test_a_second_process_finds_the_programs_of_the_first(tmp_path, subprocess_env):
     code = (
         "import jax\n"
-        "from biomedlm_jax import devices\n"
+        "from biomedlm_jax import devices, distributed\n"
         "events = []\n"
         "jax.monitoring.register_event_listener(lambda event, **about: events.append(event))\n"
-        "devices.keep_compiled_programs()\n"
+        "devices.keep_compiled_programs(distributed.Job())\n"
         "jax.jit(lambda x: x @ x + 1).lower(jax.ShapeDtypeStruct((8, 8), 'float32')).compile()\n"
         "print(events.count('/jax/compilation_cache/cache_hits'))\n"
     )
