@@ -93,9 +93,9 @@ class Program:
         def is_too_large(sequences: int) -> bool:
             parts = self._a_device // sequences
             train: Any = dataclasses.replace(self._config.train, gradient_accumulation_steps=parts)
-            _, needs = self._compile(dataclasses.replace(self._config, train=train), arguments)
+            compiled, needs = self._compile(dataclasses.replace(self._config, train=train), arguments)
             logger.info("%s", self._need(needs, sequences))
-            return needs > limit
+            return compiled is None or needs > limit
 
         logger.info("%s; compiling with fewer, to find how many fit", self._need(needed))
         fitting = bisect.bisect_left(self._smaller, True, key=is_too_large)
