@@ -112,7 +112,7 @@ def test_a_checkpoint_counts_as_a_stall_and_not_as_a_step(tmp_path, clock):
 
 def test_the_time_to_the_first_step_is_said_and_kept(tmp_path, clock, caplog, monkeypatch):
     monkeypatch.setattr(startup, "time", clock)
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="biomedlm_jax")
     begun = startup.Startup(clock.now)
     for part, seconds, note in (("imports", 2.0, ""), ("compilation", 30.0, "from the cache")):
         clock.now += seconds

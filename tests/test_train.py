@@ -358,7 +358,7 @@ def test_a_profile_has_the_steps_asked_for(prepared, tmp_path, caplog, profiled,
 
 def test_a_finished_run_says_so(straight, prepared, caplog):
     before = metrics.read_metrics(straight[8])
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="biomedlm_jax"):
         assert train_lib.train(make_config(prepared, straight[8], train={"keep_last": 10})) == 0
     assert "has all its 30 steps already" in caplog.text
     assert metrics.read_metrics(straight[8]) == before
