@@ -275,6 +275,8 @@ class TrainConfig:
     """Checkpoints kept, the newest ones."""
     keep_every: int = 0
     """Checkpoints at multiples of this many steps are kept forever; 0 keeps none beyond keep_last."""
+    profile_steps: int = 0
+    """Steps of each start to profile, from its third on, into the run's folder; 0 profiles none."""
 
     def __post_init__(self) -> None:
         require_each(
@@ -288,7 +290,17 @@ class TrainConfig:
             "checkpoint_every",
             "keep_last",
         )
-        require_each(self, "train", "not be negative", "seed", "loss_chunk", "eval_every", "eval_batches", "keep_every")
+        require_each(
+            self,
+            "train",
+            "not be negative",
+            "seed",
+            "loss_chunk",
+            "eval_every",
+            "eval_batches",
+            "keep_every",
+            "profile_steps",
+        )
         require_whole_parts(self)
 
 
@@ -530,6 +542,7 @@ _MAY_CHANGE = {
         "keep_last",
         "keep_every",
         "patience",
+        "profile_steps",
     },
 }
 

@@ -9,9 +9,11 @@ from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from biomedlm_jax.config import Config
 from biomedlm_jax.mixture import Mixture
 from biomedlm_jax.rows import Rows
 from biomedlm_jax.step import Batch
@@ -52,6 +54,13 @@ def train_batches(
     mask = place(np.ones((len(local), shape[1]), bool))
     for tokens, segments in grain.MapDataset.range(start_step, stop_step).map(read).to_iter_dataset(options):
         yield Batch(place(tokens), mask, None if segments is None else place(segments))
+
+
+def abstract_batch(config: Config) -> Batch:
+    """The shapes and types of a step's global batch, to compile the step for."""
+    shape = (config.train.global_batch_size, config.model.n_positions)
+    dtypes = (jnp.int32, bool, jnp.int32) if config.data.document_attention else (jnp.int32, bool)
+    return Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in dtypes))  # type: ignore[arg-type]
 
 
 def step_reader(mixture: Mixture, seed: int, batch_size: int, local: np.ndarray) -> Callable[[int], np.ndarray]:

@@ -5,6 +5,7 @@ service, which process 0 runs, under `biomedlm_jax/`:
 
     about/<i>        host, versions, settings and devices of process i
     done/<what>      process 0 has done what the others wait for, and its result
+    all/<what>/<i>   whether something is so in process i
     lifeline         a port of process 0 that the others are connected to, to see at once when it is killed
     alive/<i>        counts up every second; process 0 looks for one that stands still
     notice/failure   why all end: written by the process that fails, or by process 0 for one that fell silent
@@ -163,6 +164,10 @@ class Job:
         """
         return action()
 
+    def all(self, what: str, here: bool) -> bool:
+        """Whether something is so in all processes, each of which must ask, once for each `what`."""
+        return here
+
     def closing(self, resource: Any) -> contextlib.AbstractContextManager[Any]:
         """Closes it at the end; but where one of several processes fails, the others hear of that first."""
         return contextlib.closing(resource)
@@ -316,6 +321,11 @@ class _Member(Job):
             self._set(key, result)
             return result
         return json.loads(self._wait_for(key, what))
+
+    def all(self, what: str, here: bool) -> bool:
+        self._set(f"all/{what}/{self.index}", here)
+        self._client.wait_at_barrier(f"{_ROOT}all/{what}", _DAY * 1000)
+        return all(self._all(f"all/{what}").values())
 
     @contextlib.contextmanager
     def closing(self, resource: Any) -> Iterator[Any]:

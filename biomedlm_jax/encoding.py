@@ -71,6 +71,11 @@ class Encoded:
         return max(map(len, self.rows))
 
     @property
+    def longest(self) -> int:
+        """The number of the example with the longest row, whose batches take most memory."""
+        return max(range(len(self)), key=lambda index: max(map(len, self.rows[index])))
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of rows and labels, in hexadecimal."""
         return hashlib.sha256(json.dumps([self.rows, self.labels]).encode()).hexdigest()

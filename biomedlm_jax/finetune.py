@@ -20,6 +20,7 @@ from biomedlm_jax import config as config_lib
 from biomedlm_jax.config import as_paths
 from biomedlm_jax.errors import UserError, run_command
 from biomedlm_jax.finetune_config import FinetuneConfig, resolve_steps
+from biomedlm_jax.startup import Startup, process_start
 
 # `--help` and mistakes in the settings answer before these are loaded.
 with epy.lazy_imports():
@@ -28,12 +29,14 @@ with epy.lazy_imports():
     from biomedlm_jax import (
         adaptation,
         checkpoint,
+        devices,
         distributed,
         encoding,
         heads,
         load,
         metrics,
         model,
+        program,
         running,
         scoring,
         sharding,
@@ -47,7 +50,7 @@ logger = logging.getLogger("biomedlm_jax.finetune")
 def main() -> int:
     """Fine-tunes with the settings of the command line; exits with 128 + the signal that stopped it."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
-    return finetune(parse_args())
+    return finetune(parse_args(), Startup(process_start()))
 
 
 def parse_args(args: list[str] | None = None) -> FinetuneConfig:
@@ -66,8 +69,11 @@ def parse_args(args: list[str] | None = None) -> FinetuneConfig:
     return config
 
 
-def finetune(config: FinetuneConfig) -> int:
+def finetune(config: FinetuneConfig, startup: Startup | None = None) -> int:
     """Fine-tunes until the last step, until the dev set says no more, or until SIGINT or SIGTERM.
+
+    Args:
+      startup: what measures the time to the first step; by default from here.
 
     Returns:
       0, or 128 + the number of the signal.
@@ -82,16 +88,20 @@ def finetune(config: FinetuneConfig) -> int:
         raise UserError("task.train_files is not set: say where the training examples are")
     if config.run.wandb_project:
         metrics.import_wandb()
+    startup = startup or Startup()
+    startup.end_imports("encoding", "running")
     with distributed.join(config) as job:
-        return _finetune(config, job)
+        return _finetune(config, job, startup)
 
 
-def _finetune(config: FinetuneConfig, job: Any) -> int:
+def _finetune(config: FinetuneConfig, job: Any, startup: Startup) -> int:
     """`finetune` once all processes of the run have met."""
     run_dir = Path(config.run.dir)
     job.check_devices()
+    devices.keep_compiled_programs(job)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_divisible(config, mesh)
+    startup.end("devices")
 
     # ---- The examples, and what depends on them
     tokenizer = load.load_tokenizer(config.run.init_from)
@@ -101,6 +111,7 @@ def _finetune(config: FinetuneConfig, job: Any) -> int:
     if dev_set:
         _warn_of_overlap(train_set, dev_set)
     config = resolve_steps(config, len(train_set))
+    startup.end("examples")
 
     with contextlib.ExitStack() as stack:
         job.first("make the run's folder", functools.partial(running.hold, config, stack))
@@ -109,10 +120,12 @@ def _finetune(config: FinetuneConfig, job: Any) -> int:
         stack.enter_context(running.stop_signal(job))
         checkpointer = stack.enter_context(job.closing(checkpoint.Checkpointer(run_dir, config)))
         job.first("describe the run", functools.partial(running.describe, config, tokenizer))
-        return _run(config, mesh, checkpointer, job, train_set, dev_set)
+        return _run(config, mesh, checkpointer, job, train_set, dev_set, startup)
 
 
-def _run(config: FinetuneConfig, mesh: Any, checkpointer: Any, job: Any, train_set: Any, dev_set: Any) -> int:
+def _run(
+    config: FinetuneConfig, mesh: Any, checkpointer: Any, job: Any, train_set: Any, dev_set: Any, startup: Startup
+) -> int:
     """`finetune` once its folder is its own and the examples are there."""
     identity = {
         "examples_sha256": train_set.fingerprint,
@@ -125,19 +138,25 @@ def _run(config: FinetuneConfig, mesh: Any, checkpointer: Any, job: Any, train_s
         logger.info("%s is done: it has its %d steps", config.run.dir, start_step)
         return 0
 
+    startup.end("weights")
+
     # ---- The compiled steps, and the batches they take
-    rows = sharding.batch_sharding(mesh)
+    rows, size = sharding.batch_sharding(mesh), config.train.global_batch_size
     objective = adaptation.objective(config)
-    train_step = step.jit_train_step(
+    state_shardings = sharding.tree_shardings(mesh, state)
+    frozen_shardings = sharding.tree_shardings(mesh, frozen) if frozen else None
+    train_step = program.Program(
         config,
-        sharding.tree_shardings(mesh, state),
-        rows,
-        objective,
-        sharding.tree_shardings(mesh, frozen) if frozen else None,
+        lambda config: step.jit_train_step(config, state_shardings, rows, objective, frozen_shardings),
+        job.first("read the limit of its memory", program.memory_limit),
     )
+    others = (frozen,) if frozen else ()
+    read = functools.partial(encoding.train_batches, train_set, config.train.seed, size, stop_step=steps, sharding=rows)
+    # For the longest rows, and for those of the first step; for others when they come.
+    train_step.compile(state, train_set.batch([train_set.longest], size, rows), *others)
+    train_step.compile(state, next(read(start_step)), *others)
+    startup.end("compilation", "from the cache" if train_step.from_cache else "")
     evaluate = _Evaluator(config, mesh, dev_set, objective)
-    size = config.train.global_batch_size
-    batches = encoding.train_batches(train_set, config.train.seed, size, start_step, steps, rows)
     throughput = metrics.Throughput({"examples": size})
 
     def count(done: int) -> dict[str, float]:
@@ -145,9 +164,10 @@ def _run(config: FinetuneConfig, mesh: Any, checkpointer: Any, job: Any, train_s
 
     # ---- The loop
     done, stop = start_step, False
-    with job.closing(running.Record(config, start_step, checkpointer, job, throughput, count)) as record:
-        for done, batch in enumerate(batches, start=start_step + 1):
-            state, values = train_step(state, batch, *((frozen,) if frozen else ()))
+    with job.closing(running.Record(config, start_step, checkpointer, job, throughput, count, startup)) as record:
+        for done, batch in enumerate(record.batches(read(start_step)), start=start_step + 1):
+            with record.step(done):
+                state, values = train_step(state, batch, *others)
             record.trained(done, values)
             last = done == steps
             stop = job.should_stop() and not last
@@ -158,9 +178,8 @@ def _run(config: FinetuneConfig, mesh: Any, checkpointer: Any, job: Any, train_s
                 progress = progress.after(done, results)
             elif not stop:
                 continue
-            record.check()
-            checkpointer.save(state, {"data": identity, **dataclasses.asdict(progress)})
-            record.throughput.restart(done)
+            with record.saving(done):
+                checkpointer.save(state, {"data": identity, **dataclasses.asdict(progress)})
             if stop or progress.out_of_patience(config):
                 break
         checkpointer.wait()

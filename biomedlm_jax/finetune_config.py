@@ -121,12 +121,16 @@ class FinetuneTrainConfig:
     """Steps between evaluations on the dev set, and between checkpoints; 0 is an epoch."""
     patience: int = 0
     """Ends after so many evaluations in a row that were no better than the best one; 0 goes on to the end."""
+    profile_steps: int = 0
+    """Steps of each start to profile, from its third on, into the run's folder; 0 profiles none."""
 
     def __post_init__(self) -> None:
         require_each(
             self, "train", "be at least 1", "epochs", "global_batch_size", "gradient_accumulation_steps", "log_every"
         )
-        require_each(self, "train", "not be negative", "steps", "seed", "loss_chunk", "eval_every", "patience")
+        require_each(
+            self, "train", "not be negative", "steps", "seed", "loss_chunk", "eval_every", "patience", "profile_steps"
+        )
         require_whole_parts(self)
 
 

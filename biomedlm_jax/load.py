@@ -12,7 +12,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from biomedlm_jax import adaptation, checkpoint, heads, huggingface, sharding
+from biomedlm_jax import adaptation, checkpoint, devices, distributed, heads, huggingface, sharding
 from biomedlm_jax import model as model_lib
 from biomedlm_jax import tokenizer as tokenizer_lib
 from biomedlm_jax.config import Config, MeshConfig, ModelConfig
@@ -150,10 +150,11 @@ def check_language_model(path: str | Path) -> None:
 
 
 def make_mesh(config: ModelConfig) -> Mesh:
-    """All devices, with the model sharded over as many as divide its width."""
-    devices = jax.device_count()
-    fsdp = math.gcd(devices, config.n_embd)
-    return sharding.make_mesh(MeshConfig(replica=devices // fsdp, fsdp=fsdp))
+    """All devices, with the model sharded over as many as divide its width; what is compiled from here on is kept."""
+    devices.keep_compiled_programs(distributed.Job())
+    count = jax.device_count()
+    fsdp = math.gcd(count, config.n_embd)
+    return sharding.make_mesh(MeshConfig(replica=count // fsdp, fsdp=fsdp))
 
 
 def load_on_mesh(path: str | Path, step: int | None, mesh: Mesh) -> Params:

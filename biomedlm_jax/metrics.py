@@ -27,27 +27,46 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Throughput:
-    """Seconds a step, what is read a second, and model FLOPs utilization since the last reading.
+    """Seconds a step, what is read a second, model FLOPs utilization, and waits for input, since the last reading.
 
     Compilation, evaluations and checkpoints do not count: call `restart` after them.
     """
+
+    # Readings of fewer steps than this say nothing about a run.
+    _LEAST_STEPS = 20
 
     def __init__(self, per_step: Mapping[str, float], flops_per_step: float | None = None):
         """Args: `per_step`, what a step reads, such as 'tokens', and `flops_per_step`, if they are to be counted."""
         self._per_step, self._flops_per_step = per_step, flops_per_step
         self._peak = peak_flops(jax.devices()[0].device_kind)
+        self._all_steps, self._all_seconds, self._all_idle = 0, 0.0, 0.0
         self.restart(0)
 
     def restart(self, step: int) -> None:
         """Starts to count at `step` completed steps."""
         self._step, self._time = step, time.perf_counter()
+        self._waited = self._idle = 0.0
+
+    def waited(self, seconds: float, idle: bool) -> None:
+        """Adds a wait for the next batch; `idle` if the devices had nothing else to do meanwhile."""
+        self._waited += seconds
+        self._idle += seconds if idle else 0
+
+    @property
+    def starved(self) -> float:
+        """The part of the time of all readings in which devices waited for input; 0 until there are some steps."""
+        return self._all_idle / self._all_seconds if self._all_steps >= self._LEAST_STEPS else 0.0
 
     def read(self, step: int) -> dict[str, float | None]:
         """The 'perf/' numbers since the last `restart` or `read`; none if no step was completed since."""
         steps = step - self._step
         if steps <= 0:
             return {}
-        seconds = (time.perf_counter() - self._time) / steps
+        elapsed, waited = time.perf_counter() - self._time, self._waited
+        self._all_steps += steps
+        self._all_seconds += elapsed
+        self._all_idle += self._idle
+        seconds = elapsed / steps
         self.restart(step)
         found: dict[str, float | None] = {
             f"perf/{name}_per_second": amount / seconds for name, amount in self._per_step.items()
@@ -55,7 +74,7 @@ class Throughput:
         if self._flops_per_step is not None:
             rate = self._flops_per_step / seconds
             found["perf/mfu"] = rate / (self._peak * jax.device_count()) if self._peak else None
-        return found | {"perf/step_seconds": seconds}
+        return found | {"perf/step_seconds": seconds, "perf/input_wait_seconds": waited / steps}
 
 
 class MetricWriter:

@@ -6,7 +6,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,14 @@ from biomedlm_jax import config as config_lib
 from biomedlm_jax.config import Config
 from biomedlm_jax.errors import UserError
 from biomedlm_jax.finetune_config import FinetuneConfig
+from biomedlm_jax.profiling import Profile
+from biomedlm_jax.startup import Startup
 from biomedlm_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+# The part of a run's time that its devices may spend waiting for input before a warning.
+_STARVED = 0.05
 
 
 def hold(config: Config | FinetuneConfig, stack: contextlib.ExitStack) -> None:
@@ -111,23 +116,60 @@ class Record:
         job: Any,
         throughput: metrics.Throughput,
         count: Callable[[int], dict[str, float]],
+        startup: Startup,
     ):
         """Args: `count`, from completed steps to what was read until then, such as 'tokens'."""
         self.throughput, self._count = throughput, count
         self._config, self.start_step, self._checkpointer = config, start_step, checkpointer
         self._writer = metrics.MetricWriter(config, start_step) if job.index == 0 else None
+        self._profile = Profile(config.run.dir, start_step, config.train.profile_steps if job.index == 0 else 0)
         self._pending: tuple[int, dict[str, Any]] | None = None
         self.first_loss = self.last_loss = math.nan
         self.last_evaluation: dict[str, float] = {}
         self._started = time.monotonic()
+        self._stalled = 0.0
+        self._startup: Startup | None = startup
+        self._warned = False
+
+    def batches(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches, while the loop's waits for them are measured."""
+        iterator, end = iter(batches), object()
+        while True:
+            begun = time.perf_counter()
+            batch = next(iterator, end)
+            # The step before is under way: a wait is hidden behind it unless it is complete by now.
+            idle = self._pending is None or all(value.is_ready() for value in self._pending[1].values())
+            self.throughput.waited(time.perf_counter() - begun, idle)
+            if batch is end:
+                return
+            yield batch
+
+    @contextlib.contextmanager
+    def step(self, done: int) -> Iterator[None]:
+        """Surrounds the start of the step after which `done` are complete; a profile begins with one."""
+        if self._profile.first <= done <= self._profile.last:
+            if done == self._profile.first:
+                self.check()  # of the steps before, nothing is left to run in it
+                self._profile.start()
+            with jax.profiler.StepTraceAnnotation("train", step_num=done):
+                yield
+        else:
+            yield
 
     def trained(self, done: int, values: dict[str, Any]) -> None:
         """Takes the numbers of step `done`, still being computed."""
         self.check()
         self._pending = done, values
         if done == self.start_step + 1:
-            # The first step compiles, which is no measure of speed.
+            # The first step waits for its rows and loads the program: no measure of speed.
             jax.block_until_ready(values)
+            self.throughput.restart(done)
+            assert self._startup
+            self._startup.end("first step")
+            logger.info("%s", self._startup)
+        if self._profile.is_recording and done == self._profile.last:
+            self.check()
+            self._profile.stop()
             self.throughput.restart(done)
         if self._writer:
             self._writer.advance(done)
@@ -155,7 +197,33 @@ class Record:
             self.first_loss = loss
         self.last_loss = loss
         if done == 1 or done % self._config.train.log_every == 0 or done == self._config.train.steps:
+            if self._startup:
+                numbers |= self._startup.numbers
+                self._startup = None
+            if self._stalled:
+                numbers["perf/checkpoint_stall_seconds"] = self._stalled
+                self._stalled = 0.0
             self._write(done, numbers | self.throughput.read(done))
+            self._warn_of_starvation()
+
+    def _warn_of_starvation(self) -> None:
+        if not self._warned and self.throughput.starved > _STARVED:
+            self._warned = True
+            remedy = "a higher data.reader_threads or a faster disk under the rows may help"
+            logger.warning(
+                "devices have waited for input in %.0f %% of the time until now%s",
+                100 * self.throughput.starved,
+                f": {remedy}" if isinstance(self._config, Config) else "",
+            )
+
+    @contextlib.contextmanager
+    def saving(self, done: int) -> Iterator[None]:
+        """Measures how long the loop stands still to save step `done`, first of all until the step is complete."""
+        begun = time.perf_counter()
+        self.check()
+        yield
+        self._stalled += time.perf_counter() - begun
+        self.throughput.restart(done)
 
     def evaluated(self, done: int, results: dict[str, float]) -> None:
         """Takes the numbers of an evaluation after step `done`."""
@@ -171,6 +239,7 @@ class Record:
 
     def close(self) -> None:
         """Writes out everything."""
+        self._profile.stop()
         if self._writer:
             self._writer.close()
 

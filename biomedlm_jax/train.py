@@ -20,6 +20,7 @@ from etils import epy
 from biomedlm_jax import config as config_lib
 from biomedlm_jax.config import Config
 from biomedlm_jax.errors import UserError, run_command
+from biomedlm_jax.startup import Startup, process_start
 
 # `--help` and mistakes in the settings answer before these are loaded.
 with epy.lazy_imports():
@@ -29,12 +30,14 @@ with epy.lazy_imports():
         bandwidth,
         checkpoint,
         data,
+        devices,
         distributed,
         load,
         metrics,
         mixture,
         model,
         preparation,
+        program,
         rows,
         running,
         sharding,
@@ -49,11 +52,15 @@ def main() -> int:
     """Trains with the settings of the command line; the exit status is 128 + the signal that stopped the run."""
     # JAX takes three quarters of a GPU's memory unless told otherwise. A tenth is left to CUDA and NCCL.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
-    return train(config_lib.parse_args("train", "Pretrain a GPT-2 on biomedical text, or go on where the run stopped."))
+    config = config_lib.parse_args("train", "Pretrain a GPT-2 on biomedical text, or go on where the run stopped.")
+    return train(config, Startup(process_start()))
 
 
-def train(config: Config) -> int:
+def train(config: Config, startup: Startup | None = None) -> int:
     """Trains until `train.steps`, or until SIGINT or SIGTERM; either way the last step is saved.
+
+    Args:
+      startup: what measures the time to the first step; by default from here.
 
     Returns:
       0, or 128 + the number of the signal.
@@ -65,16 +72,19 @@ def train(config: Config) -> int:
         raise UserError("run.dir is not set: say where the run shall live, for instance --run.dir runs/first")
     if config.run.wandb_project:
         metrics.import_wandb()
+    startup = startup or Startup()
+    startup.end_imports("data", "running")
     with distributed.join(config) as job:
-        return _train(config, job)
+        return _train(config, job, startup)
 
 
-def _train(config: Config, job: Any) -> int:
+def _train(config: Config, job: Any, startup: Startup) -> int:
     """`train` once all processes of the run have met."""
     run_dir = Path(config.run.dir)
 
     # ---- Devices
     job.check_devices()
+    devices.keep_compiled_programs(job)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_divisible(config, mesh)
     logger.info(
@@ -85,6 +95,7 @@ def _train(config: Config, job: Any) -> int:
     )
     if config.run.check_bandwidth:
         bandwidth.log_bandwidth(mesh, job.first)
+    startup.end("devices")
 
     # ---- The run's folder, and the rows it reads: process 0 makes both, and holds the folder until the end
     with contextlib.ExitStack() as stack:
@@ -95,7 +106,7 @@ def _train(config: Config, job: Any) -> int:
         stack.enter_context(jax.set_mesh(mesh))
         stack.enter_context(running.stop_signal(job))
         checkpointer = stack.enter_context(job.closing(checkpoint.Checkpointer(run_dir, config)))
-        return _run(config, mesh, checkpointer, job)
+        return _run(config, mesh, checkpointer, job, startup)
 
 
 def _prepare(config: Config, stack: contextlib.ExitStack) -> None:
@@ -105,11 +116,12 @@ def _prepare(config: Config, stack: contextlib.ExitStack) -> None:
     mixture.check_folders(config)
 
 
-def _run(config: Config, mesh: Any, checkpointer: Any, job: Any) -> int:
+def _run(config: Config, mesh: Any, checkpointer: Any, job: Any, startup: Startup) -> int:
     """`train` once its folder is its own and the rows are there."""
     run_dir = Path(config.run.dir)
     train_rows, held_out = mixture.open_train(config), mixture.open_held_out(config)
     identity = data.identity(train_rows, config.train.seed, config.train.global_batch_size)
+    startup.end("rows")
 
     # ---- The state to start from
     latest = job.first("find the newest checkpoint", checkpointer.latest_step)
@@ -121,9 +133,17 @@ def _run(config: Config, mesh: Any, checkpointer: Any, job: Any) -> int:
     its_tokenizer = next(iter(config.prepared_dirs)) / "tokenizer"
     job.first("describe the run", lambda: running.describe(config, tokenizer.load_tokenizer(its_tokenizer)))
 
+    startup.end("weights")
+
     # ---- The compiled steps, and the batches they take
     batch_sharding = sharding.batch_sharding(mesh)
-    train_step = step.jit_train_step(config, state_shardings, batch_sharding)
+    train_step = program.Program(
+        config,
+        lambda config: step.jit_train_step(config, state_shardings, batch_sharding),
+        job.first("read the limit of its memory", program.memory_limit),
+    )
+    train_step.compile(state, data.abstract_batch(config))
+    startup.end("compilation", "from the cache" if train_step.from_cache else "")
     evaluator = _Evaluator(config, held_out, batch_sharding, job)
     batches = data.train_batches(
         train_rows,
@@ -151,11 +171,13 @@ def _run(config: Config, mesh: Any, checkpointer: Any, job: Any) -> int:
     def count(done: int) -> dict[str, float]:
         return {"tokens": done * tokens_per_step}
 
-    with job.closing(running.Record(config, start_step, checkpointer, job, throughput, count)) as record:
+    with job.closing(running.Record(config, start_step, checkpointer, job, throughput, count, startup)) as record:
         if start_step == 0 and config.train.eval_every:
             record.evaluated(0, evaluator(state.params))
-        for done, batch in enumerate(batches, start=start_step + 1):
-            state, values = train_step(state, batch)
+            startup.end("evaluation")
+        for done, batch in enumerate(record.batches(batches), start=start_step + 1):
+            with record.step(done):
+                state, values = train_step(state, batch)
             record.trained(done, values)
             last = done == config.train.steps
             if last or (config.train.eval_every and done % config.train.eval_every == 0):
@@ -164,10 +186,9 @@ def _run(config: Config, mesh: Any, checkpointer: Any, job: Any) -> int:
                 record.evaluated(done, evaluator(state.params))
             stop = job.should_stop() and not last
             if last or stop or done % config.train.checkpoint_every == 0:
-                record.check()
-                check_rows()
-                checkpointer.save(state, {"data": identity})
-                record.throughput.restart(done)
+                with record.saving(done):
+                    check_rows()
+                    checkpointer.save(state, {"data": identity})
             if stop:
                 break
         checkpointer.wait()

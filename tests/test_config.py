@@ -105,7 +105,7 @@ def test_differences_name_what_makes_another_run():
     after = dataclasses.replace(
         before,
         model=dataclasses.replace(before.model, n_layer=4, remat="full"),
-        train=dataclasses.replace(before.train, seed=1, log_every=1),
+        train=dataclasses.replace(before.train, seed=1, log_every=1, profile_steps=3),
     )
     assert config_lib.differences(before, after) == ["model.n_layer was 32, is 4", "train.seed was 0, is 1"]
 

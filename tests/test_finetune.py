@@ -27,6 +27,7 @@ from biomedlm_jax import (
     load,
     metrics,
     perplexity,
+    program,
     report,
     tokenizer,
 )
@@ -193,6 +194,15 @@ def test_exported_models_answer_alike_in_transformers(run, world, tmp_path):
             assert model.config.label2id == {"maybe": 0, "no": 1, "yes": 2}
         with torch.no_grad():
             np.testing.assert_allclose(model(**inputs).logits[0], list(line["scores"].values()), atol=1e-4)
+
+
+def test_a_batch_that_does_not_fit_is_refused(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "memory_limit", lambda: 1)
+    with pytest.raises(
+        UserError, match=r"^1 example a device needs .* not even 1 fits; .* more devices need less, too$"
+    ):
+        finetune.finetune(make_config(world, "medmcqa", tmp_path / "run"))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.slow

@@ -1,7 +1,10 @@
 """The command as users run it: in processes of its own, stopped in every way, and resumed."""
 
+import dataclasses
+import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 
-from biomedlm_jax import checkpoint, files, metrics, model, preparation, rows
+from biomedlm_jax import checkpoint, files, metrics, model, preparation, program, rows
 from biomedlm_jax import config as config_lib
 from biomedlm_jax import step as step_lib
 from biomedlm_jax import train as train_lib
@@ -92,6 +95,9 @@ def straight(prepared, tmp_path_factory):
     return {devices: str(folder / str(devices)) for devices in (1, 8)}
 
 
+PARTS = ("imports", "devices", "rows", "weights", "compilation", "evaluation", "first_step")
+
+
 def test_the_contract_of_the_run_folder(straight, prepared):
     lines = metrics.read_metrics(straight[1])
     trained = [line for line in lines if "train/loss" in line]
@@ -101,6 +107,13 @@ def test_the_contract_of_the_run_folder(straight, prepared):
         assert {"train/grad_norm", "train/learning_rate"} <= line.keys()
     assert {"perf/tokens_per_second", "perf/mfu", "perf/step_seconds"} <= trained[-1].keys()
     assert trained[-1]["perf/tokens_per_second"] * trained[-1]["perf/step_seconds"] == pytest.approx(16 * 64)
+    assert all(line["perf/input_wait_seconds"] >= 0 for line in trained if "perf/step_seconds" in line)
+    startup = {name for name in trained[0] if name.startswith("perf/startup_seconds/")}
+    assert startup == {f"perf/startup_seconds/{part}" for part in PARTS}
+    assert trained[0]["perf/startup_seconds"] == pytest.approx(sum(trained[0][name] for name in startup))
+    assert not any("perf/startup_seconds" in line for line in trained[1:])
+    # After the checkpoints, of which the last one is after the last line.
+    assert [line["step"] for line in trained if "perf/checkpoint_stall_seconds" in line] == [6, 11, 16, 21, 26]
     evaluated = {line["step"]: line for line in lines if "eval/loss" in line}
     assert set(evaluated) == {0, 10, 20, 30}
     assert evaluated[30]["eval/perplexity"] == pytest.approx(np.exp(evaluated[30]["eval/loss"]))
@@ -264,9 +277,88 @@ def test_numbers_of_a_step_are_read_before_its_evaluation(prepared, tmp_path, mo
     assert seen == [0, 2, 4]
 
 
+class Watched:
+    """A number of a step on the device, which notes when it is fetched."""
+
+    def __init__(self, value, note):
+        self.value, self.note = value, note
+
+    def is_ready(self):
+        return self.value.is_ready()
+
+    def block_until_ready(self):
+        return self.value.block_until_ready()
+
+    def __float__(self):
+        self.note()
+        return float(self.value)
+
+    def __int__(self):
+        self.note()
+        return int(self.value)
+
+
+def test_the_loop_fetches_nothing_of_a_step_before_the_next_one_is_under_way(prepared, tmp_path, monkeypatch):
+    config = make_config(prepared, tmp_path / "run", train={"steps": 6, "eval_every": 4, "checkpoint_every": 6})
+    call, events = program.Program.__call__, []
+
+    def spy(self, state, batch):
+        if events:
+            state = dataclasses.replace(state, step=state.step.value)
+        state, values = call(self, state, batch)
+        step = sum(what == "started" for what, _ in events) + 1
+        events.append(("started", step))
+
+        def note():
+            if events[-1] != ("fetched", step):
+                events.append(("fetched", step))
+
+        watched = {name: Watched(value, note) for name, value in values.items()}
+        return dataclasses.replace(state, step=Watched(state.step, note)), watched
+
+    monkeypatch.setattr(program.Program, "__call__", spy)
+    assert train_lib.train(config) == 0
+    # The evaluation after step 4 and the end wait for theirs.
+    order = "started 1, started 2, fetched 1, started 3, fetched 2, started 4, fetched 3, fetched 4, "
+    order += "started 5, started 6, fetched 5, fetched 6"
+    assert ", ".join(f"{what} {step}" for what, step in events) == order
+
+
+def test_a_second_run_takes_its_step_from_the_cache(prepared, tmp_path, subprocess_env):
+    env = subprocess_env | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    for name in ("first", "second"):
+        config = make_config(
+            prepared, tmp_path / name, train={"steps": 2, "eval_every": 0}, optimizer={"warmup_steps": 1}
+        )
+        status, _, err = run_train(config, env)
+        assert status == 0, err
+        (line,) = re.findall("first step after .*", err)
+        assert ("(from the cache)" in line) == (name == "second")
+
+
+@pytest.mark.parametrize(("profiled", "steps"), [(2, [3, 4]), (9, [3, 4, 5])])
+def test_a_profile_has_the_steps_asked_for(prepared, tmp_path, caplog, profiled, steps):
+    """As many as there are: the run ends after five."""
+    config = make_config(prepared, tmp_path / "run", train={"steps": 5, "eval_every": 0, "profile_steps": profiled})
+    with caplog.at_level("INFO", logger="biomedlm_jax"):
+        assert train_lib.train(config) == 0
+    assert f"profile from step 3 on: xprof --logdir {tmp_path}/run/profile shows it" in caplog.text
+    (folder,) = (tmp_path / "run" / "profile" / "plugins" / "profile").iterdir()
+    assert [path.stat().st_size > 0 for path in folder.glob("*.xplane.pb")] == [True]
+    with gzip.open(folder / "perfetto_trace.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    assert sorted(int(event["args"]["step_num"]) for event in events if event.get("name") == "train") == steps
+    # What the device did, too, and not only what this process asked of it.
+    assert any("dot" in event.get("name", "") for event in events)
+    assert set(losses(config.run.dir)) == {1, 2, 3, 4, 5}
+
+
 def test_a_finished_run_says_so(straight, prepared, caplog):
     before = metrics.read_metrics(straight[8])
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="biomedlm_jax"):
         assert train_lib.train(make_config(prepared, straight[8], train={"keep_last": 10})) == 0
     assert "has all its 30 steps already" in caplog.text
     assert metrics.read_metrics(straight[8]) == before

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 
-from biomedlm_jax import adaptation, heads, hlo, sharding, step
+from biomedlm_jax import adaptation, data, heads, hlo, sharding, step
 from biomedlm_jax.config import Config, OptimizerConfig, TrainConfig
 from biomedlm_jax.encoding import padded_length
 from biomedlm_jax.errors import UserError
@@ -131,9 +131,7 @@ def _program(config: Config | FinetuneConfig, mesh: Any) -> tuple[Any, tuple[Any
     rows, as_shape = sharding.batch_sharding(mesh), jax.ShapeDtypeStruct
     if isinstance(config, Config):
         state = jax.eval_shape(functools.partial(step.init_state, config))
-        shape = (config.train.global_batch_size, config.model.n_positions)
-        dtypes = (jnp.int32, bool, jnp.int32) if config.data.document_attention else (jnp.int32, bool)
-        batch: Any = step.Batch(*(as_shape(shape, dtype) for dtype in dtypes))  # type: ignore[arg-type]
+        batch: Any = data.abstract_batch(config)
         return step.jit_train_step(config, sharding.tree_shardings(mesh, state), rows), (state, batch)
     trained, frozen = adaptation.abstract_start(config)
     state = jax.eval_shape(functools.partial(step.init_state, config), trained)
