@@ -15,7 +15,8 @@ from biomedlm_jax import compiler_options, hlo, sharding, step, targets
 from biomedlm_jax import config as config_lib
 from biomedlm_jax import model as model_lib
 from biomedlm_jax.config import MeshConfig
-from biomedlm_jax.planning import traffic
+from biomedlm_jax.planning import compiled as compiled_lib
+from biomedlm_jax.planning import report, traffic
 
 CONFIG_FILE = Path(__file__).parents[1] / "configs" / "biomedlm_2_7b.yaml"
 
@@ -236,6 +237,21 @@ def test_the_published_model_fits_one_h200_without_recomputation():
     assert not unknown
     # Of the embeddings' only: a residual stream in float32 would be there for each layer.
     assert arrays[24, 1024, 2560] <= 3
+
+
+@pytest.mark.parametrize(("target", "parts"), [("h100:1x1", 128), ("h200:1x1", 64)])
+def test_the_configuration_for_one_gpu_fits(target, parts):
+    require("h200")
+    config = config_lib.load_config(CONFIG_FILE.with_name("biomedlm_2_7b_one_gpu.yaml"))
+    config = tiny.replace(config, train={"gradient_accumulation_steps": parts})
+    plan = report.make_plan(compiled_lib.compile_step(config, targets.parse(target)))
+    print(f"{target}, {parts} parts: {plan.compiled.memory_bytes / 1e9:.1f} GB")
+    assert plan.fits
+    # Two normalized streams, the stream twice, queries, keys, values and what is made of them, GELU's input and output.
+    tokens = config.train.global_batch_size // parts * config.model.n_positions
+    kept = 16 * 2 * tokens * config.model.n_embd * config.model.n_layer
+    assert plan.compiled.memory["saved activations"] == pytest.approx(kept, rel=0.02)
+    assert plan.compiled.memory["gaps, batch, code"] < 0.02 * plan.compiled.memory_bytes
 
 
 def least_traffic(model, tokens):

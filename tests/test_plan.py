@@ -183,6 +183,9 @@ def test_memory_parts_sum_to_what_the_compiler_says():
   %logits = f32[16,61]{1,0} custom-call(%saved), metadata={op_name="jit(train_step)/jvp()/dot_general"}
   %all-gather.1 = bf16[32,32]{1,0} all-gather(%param.0), metadata={op_name="jit(train_step)/jvp()/convert_element_type"}
   %grad = f32[8,32]{1,0} fusion(%saved), metadata={op_name="jit(train_step)/transpose(jvp())/add_any"}
+  %normalized = bf16[16,32]{1,0} fusion(%saved), metadata={op_name="jit(train_step)/jvp()/mul"}
+  %iota = s32[16]{0} iota(), metadata={op_name="jit(train_step)/transpose(jvp())/iota"}
+  %new = f32[8,32]{1,0} fusion(%grad), metadata={op_name="jit(train_step)/add"}
 """,
         buffers="""\
 BufferAssignment:
@@ -196,20 +199,35 @@ allocation 2: size 10000, page 0, preallocated-temp:
  value: <5 logits @0> (size=3904,offset=2048): f32[16,61]{1,0}
  value: <6 all-gather.1 @0> (size=2048,offset=5952): bf16[32,32]{1,0}
  value: <7 grad @0> (size=1024,offset=8000): f32[8,32]{1,0}
+ value: <9 normalized @0> (size=512,offset=9024): bf16[16,32]{1,0}
+ value: <10 iota @0> (size=64,offset=9600): s32[16]{0}
+ value: <11 new @0> (size=1024,offset=0): f32[8,32]{1,0}
 allocation 3: size 4096, color 1, page 0, preallocated-temp:
  value: <8 in_a_core @1> (size=4096,offset=0): f32[1024]{0}
 
 Total bytes used: 12048 (11.8KiB)
 """,
         live_ranges="""\
-  Live ranges at 9 (peak):
-    logits{}: 3904 bytes (cumulative: 3904 bytes)
-    saved{}: 2048 bytes (cumulative: 5952 bytes)
-    while.1{2}: 2048 bytes (cumulative: 8000 bytes)
-    all-gather.1{}: 2048 bytes (cumulative: 10048 bytes)
-    grad{}: 1024 bytes (cumulative: 11072 bytes)
-    in_a_core{}: 4096 bytes (cumulative: 15168 bytes)
-  Stack trace breakdown for peak usage: 15168 bytes
+  InstructionSequence:
+    0:param.0
+    1:iota
+    2:all-gather.1
+    3:saved
+    4:normalized
+    5:logits
+    6:grad
+    7:new
+  BufferLiveRange:
+    param.0{}:0-8
+    iota{}:1-6
+    all-gather.1{}:2-6
+    saved{}:3-6
+    while.1{2}:3-6
+    normalized{}:4-7
+    in_a_core{}:4-5
+    logits{}:5-6
+    grad{}:6-7
+    new{}:7-8
 """,
     )
     stats = types.SimpleNamespace(
@@ -222,15 +240,15 @@ Total bytes used: 12048 (11.8KiB)
     assert memory.total_bytes(stats) == 12_660
     config = tiny.replace(train={"global_batch_size": 4})
     found = memory.parts(stats, dump, config, fsdp=4, devices=4)
-    gaps = 10_000 - 2048 - 3904 - 2048 - 1024
+    gaps = 10_000 - 2048 - 512 - 3904 - 2048 - 1024 - 64
     assert found == {
         "parameters": 1024,
         "moments": 1024,
         "gradients": 1024,
-        "saved activations": 2048,
+        "saved activations": 2048 + 512,
         "logits": 3904,
         "weights gathered or cast": 2048,
-        "workspace": 0,
+        "workspace": 64,
         "gaps, batch, code": gaps + 100 + 12 + 500,
     }
     assert sum(found.values()) == 12_660

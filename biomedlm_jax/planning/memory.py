@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -122,31 +123,62 @@ class _Buffers:
                     )
 
     def _op_name(self, name: str) -> str:
-        return self.op_names.get(re.sub(r"\{[\d,]*\}$", "", name), "")
+        return self.op_names.get(_without_index(name), "")
 
-    def live_at_peak(self) -> Iterable[_Value]:
-        """The temporary values in memory when most of it is in use."""
-        _, _, peak = self._live_ranges.partition("(peak):\n")
-        for line in peak.splitlines():
-            found = re.match(r"\s+(\S+?)\{([\d,]*)\}: \d+ bytes", line)
-            if found is None:
-                break
-            value = self._values.get(f"{found[1]}{{{found[2]}}}") or self._values.get(found[1])
-            if value is not None:
-                yield value
+    def live_at_peak(self) -> set[_Value]:
+        """The temporary values in memory when most of it is in use.
+
+        What XLA calls its peak counts donated arguments a second time, as the results that take their place.
+        """
+        changes = []
+        for name, start, end in self._ranges():
+            if value := self._values.get(name) or self._values.get(_without_index(name)):
+                changes += [(start, True, value), (end + 1, False, value)]
+        live: set[_Value] = set()
+        peak: set[_Value] = set()
+        # Values that share a place take its room once.
+        users: Counter[tuple[str, int]] = Counter()
+        sizes: dict[tuple[str, int], int] = {}
+        used = most = 0
+        for _, begins, value in sorted(changes, key=lambda change: change[:2]):
+            place = value.allocation, value.offset
+            if begins:
+                live.add(value)
+                if not users[place]:
+                    sizes[place] = value.size
+                    used += value.size
+                users[place] += 1
+            else:
+                live.discard(value)
+                users[place] -= 1
+                if not users[place]:
+                    used -= sizes[place]
+            if used > most:
+                most, peak = used, live.copy()
+        return peak
 
     def survives_forward(self) -> set[str]:
         """Names of the values that the forward pass makes and the backward pass still has."""
         sequence = re.findall(r"^\s+(\d+):(\S+)$", self._live_ranges, re.MULTILINE)
-        backward = [int(place) for place, name in sequence if phase_of(self.op_names.get(name, "")) == "backward"]
+        # What the backward pass makes of nothing may be made at the very beginning.
+        backward = [
+            int(place)
+            for place, name in sequence
+            if phase_of(op_name := self._op_name(name)) == "backward"
+            and not re.search("/(iota|broadcast_in_dim)$", op_name)
+        ]
         if not backward:
             return set()
-        ranges = re.findall(r"^\s+(\S+?)(\{[\d,]*\}):(\d+)-(\d+)$", self._live_ranges, re.MULTILINE)
-        return {
-            name + (index if index != "{}" else "")
-            for name, index, start, end in ranges
-            if int(start) < min(backward) < int(end)
-        }
+        return {name for name, start, end in self._ranges() if start < min(backward) < end}
+
+    def _ranges(self) -> list[tuple[str, int, int]]:
+        """Of each value, its name and its place in the program's sequence when it is made, and when last used."""
+        found = re.findall(r"^\s+(\S+?)(\{[\d,]*\}):(\d+)-(\d+)$", self._live_ranges, re.MULTILINE)
+        return [(name + index.removesuffix("{}"), int(start), int(end)) for name, index, start, end in found]
+
+
+def _without_index(name: str) -> str:
+    return re.sub(r"\{[\d,]*\}$", "", name)
 
 
 def _argument_part(op_name: str) -> str:
