@@ -302,7 +302,7 @@ def _run(plan: Plan) -> list[str]:
         ]
     lines = [
         f"{plan.tokens_per_second:,.0f} tokens/s, {plan.mfu:.1%} MFU",
-        f"{steps:,} steps, {steps * plan.tokens_per_step / 1e9:,.3g}e9 tokens: {plan.days:.2f} days, "
+        f"{steps:,} steps, {steps * plan.tokens_per_step / 1e9:,.1f}e9 tokens: {plan.days:.2f} days, "
         f"{plan.device_hours:,.0f} device-hours",
     ]
     if plan.kwh is not None:
