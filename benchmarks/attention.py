@@ -360,13 +360,13 @@ def time_torch(name: str, which: str, shape: Shape, loop: Loop) -> dict[str, flo
     return {**timing.summary([run() for _ in range(loop.repeats)], loop), "compile_s": round(warm_up, 2)}
 
 
-def run_matmul(size: int, loop: Loop) -> Iterator[dict[str, Any]]:
+def run_matmul(size: int, loop: Loop, dtype: str = "bfloat16") -> Iterator[dict[str, Any]]:
     """The product that says what the machine can do."""
     import jax
     import jax.numpy as jnp
 
     def matrices(key: int) -> list[Any]:
-        return [jax.random.normal(jax.random.key(key + i), (size, size), jnp.bfloat16) for i in range(SETS)]
+        return [jax.random.normal(jax.random.key(key + i), (size, size), dtype) for i in range(SETS)]
 
     chain = Chain(lambda b, a: a @ b, matrices(0), matrices(SETS), loop)
     times = chain.time()

@@ -325,9 +325,23 @@ def machine(device: str) -> dict[str, Any]:
         "command": " ".join(["python", *sys.argv]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit or None,
-        "machine": {"platform": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count()},
+        "machine": {
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            "cpus": os.cpu_count(),
+            "cpu": processor(),
+        },
         "versions": versions,
     }
+
+
+def processor() -> str | None:
+    """The CPU's name and generation, as Linux tells them: makers call several generations alike."""
+    with contextlib.suppress(OSError):
+        told = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M))
+        if told.keys() == {"model name", "cpu family", "model"}:
+            return f"{told['model name']}, family {told['cpu family']}, model {told['model']}"
+    return platform.processor() or None
 
 
 def report_file(folder: Path, benchmark: str, device: str) -> Path:
