@@ -363,7 +363,6 @@ def time_torch(name: str, which: str, shape: Shape, loop: Loop) -> dict[str, flo
 def run_matmul(size: int, loop: Loop, dtype: str = "bfloat16") -> Iterator[dict[str, Any]]:
     """The product that says what the machine can do."""
     import jax
-    import jax.numpy as jnp
 
     def matrices(key: int) -> list[Any]:
         return [jax.random.normal(jax.random.key(key + i), (size, size), dtype) for i in range(SETS)]

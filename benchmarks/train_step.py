@@ -17,8 +17,8 @@ head tied to the embedding, from the same weights. So their losses must agree, a
 
 Each case, contestant:micro-batch, runs in a process of its own, one after the other; the machine's own product of two
 random 8192 x 8192 bfloat16 matrices (1024 x 1024, float32, with --small) is timed before the first and after the last.
-After --warm-up steps, --steps are timed together, as a run goes: the host waits for the device once, at the end. MFU counts 6N + 12LdT operations a token
-(16.57e9 for the published model) and the maker's peak.
+After --warm-up steps, --steps are timed together, as a run goes: the host waits for the device once, at the end. MFU
+counts 6N + 12LdT operations a token (16.57e9 for the published model) and the maker's peak.
 """
 
 import argparse
