@@ -21,11 +21,13 @@ def _head_logits_forward(hidden: Array, wte: Array) -> tuple[Array, tuple[Array,
 def _head_logits_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     hidden, wte = residuals
     gradient = gradient.astype(hidden.dtype)
-    return (
-        jnp.einsum("...v,ve->...e", gradient, wte.astype(hidden.dtype)),
-        # Both contract their rows, as gradients of other weights do: XLA for CPUs would copy the larger one transposed.
-        jnp.einsum("...e,...v->ev", hidden, gradient, preferred_element_type=wte.dtype).T,
-    )
+    # Of float32, XLA for CPUs copies the larger one transposed unless the smaller one comes first; of bfloat16 it cannot
+    # compute that at all.
+    if gradient.dtype == jnp.float32:
+        d_wte = jnp.einsum("...e,...v->ev", hidden, gradient, preferred_element_type=wte.dtype).T
+    else:
+        d_wte = jnp.einsum("...v,...e->ve", gradient, hidden, preferred_element_type=wte.dtype)
+    return jnp.einsum("...v,ve->...e", gradient, wte.astype(hidden.dtype)), d_wte
 
 
 head_logits.defvjp(_head_logits_forward, _head_logits_backward)
