@@ -159,12 +159,12 @@ class _Buffers:
     def survives_forward(self) -> set[str]:
         """Names of the values that the forward pass makes and the backward pass still has."""
         sequence = re.findall(r"^\s+(\d+):(\S+)$", self._live_ranges, re.MULTILINE)
-        # What the backward pass makes of nothing may be made at the very beginning.
         backward = [
             int(place)
             for place, name in sequence
             if phase_of(op_name := self._op_name(name)) == "backward"
-            and not re.search("/(iota|broadcast_in_dim)$", op_name)
+            # What it makes of nothing may be made at the very beginning.
+            and not re.search(r"^constant|/iota$|/broadcast_in_dim$", f"{name} {op_name}")
         ]
         if not backward:
             return set()
