@@ -132,7 +132,6 @@ def _run(config: Config, mesh: Any, checkpointer: Any, job: Any, startup: Startu
         return 0
     its_tokenizer = next(iter(config.prepared_dirs)) / "tokenizer"
     job.first("describe the run", lambda: running.describe(config, tokenizer.load_tokenizer(its_tokenizer)))
-
     startup.end("weights")
 
     # ---- The compiled steps, and the batches they take
