@@ -23,8 +23,7 @@ def _head_logits_backward(residuals: tuple[Array, Array], gradient: Array) -> tu
     gradient = gradient.astype(hidden.dtype)
     return (
         jnp.einsum("...v,ve->...e", gradient, wte.astype(hidden.dtype)),
-        # Both contract their rows, as gradients of other weights do: XLA for CPUs would copy the larger one transposed.
-        jnp.einsum("...e,...v->ev", hidden, gradient, preferred_element_type=wte.dtype).T,
+        jnp.einsum("...v,...e->ve", gradient, hidden, preferred_element_type=wte.dtype),
     )
 
 
