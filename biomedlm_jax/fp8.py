@@ -43,9 +43,9 @@ def check_devices(config: ModelConfig, mesh: Mesh) -> None:
 
 
 def scale_of(x: Float[Array, "..."], dtype: Any) -> Float[Array, ""]:
-    """The least power of two, at least 2^-126, that brings all elements into the range of an FP8 type; float32.
+    """The least power of two that brings all elements into the range of an FP8 type; float32.
 
-    1 where all elements are 0; infinite where one is, of which quantizing makes nan.
+    1 where all elements are 0, or hardly more; infinite where one is, of which quantizing makes nan.
     """
     least = jnp.abs(x).max().astype(jnp.float32) / get_fp8_max(dtype, jnp.float32)
     # Rounded up to a bare exponent; log2 and exp2 are not exact on every device.
@@ -70,9 +70,9 @@ def _product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, ...]]
     x_fp8 = quantize(x, OPERAND, x_scale, x.dtype)
     kernel_fp8 = quantize(kernel, OPERAND, kernel_scale, x.dtype)
     out = _dot((x_fp8, x_scale), (kernel_fp8, kernel_scale), (x.ndim - 1,), (0,), x.dtype)
-    # As bytes: what jax.checkpoint saves in a floating-point type it rounds by `reduce_precision`, which knows types of 4
-    # exponent bits with infinities only, and so makes nan of numbers above 240. And of the kernel, which is kept or
-    # gathered again (`sharding.gather_kernels`), a copy would cost memory.
+    # As bytes: what jax.checkpoint saves in a floating-point type it passes through `reduce_precision`, which takes the
+    # highest exponent for infinity's, and so makes nan of e4m3fn's numbers above 240. A copy of the kernel would cost
+    # memory where it is kept or gathered again (`sharding.gather_kernels`).
     return out, (jax.lax.bitcast_convert_type(x_fp8, jnp.uint8), x_scale, kernel, kernel_scale)
 
 
