@@ -279,6 +279,40 @@ def test_the_published_step_moves_little_more_than_it_must():
     assert len(biased) == 4 * 32  # of all layers, added by cuBLAS as it writes the products
 
 
+@pytest.mark.parametrize(("remat", "unroll"), [("none", 2), ("matmuls", 1)])
+def test_every_product_of_a_block_is_one_in_fp8(remat, unroll):
+    """Two layers of the published width, 24 sequences."""
+    require("h200")
+    peaks = {}
+    for fp8 in (False, True):
+        compiled = lower_the_step_of_the_published_model(
+            "h200:1x1",
+            sequences=24,
+            model={"n_layer": 2, "remat": remat, "unroll": unroll, "fp8": fp8},
+            train={"loss_chunk": 0},
+            mesh={"reshard_after_forward": False},
+        ).compile()
+        module = hlo.parse(compiled.as_text())
+        products = [
+            (instruction.attributes, executions)
+            for _, instruction, executions in module
+            if instruction.opcode == "custom-call" and 'target="__cublas$lt$matmul' in instruction.attributes
+        ]
+        in_fp8 = [(attributes, times) for attributes, times in products if '"__cublas$lt$matmul$f8"' in attributes]
+        moved = sum(access.bytes * access.executions for access in traffic.accesses(module))
+        peaks[fp8] = compiled.memory_analysis().peak_memory_in_bytes
+        print(
+            f"fp8 {fp8}, remat {remat}: {sum(times for _, times in in_fp8)} of {sum(times for _, times in products)} "
+            f"products in FP8, peak {peaks[fp8] / 1e9:.1f} GB, {moved / 1e9:.1f} GB moved"
+        )
+    # Four of each layer and two gradients of each, none twice; three of the head stay in bfloat16.
+    assert sum(times for _, times in in_fp8) == 2 * 12 and len(products) - len(in_fp8) == 3
+    # What keeps cuBLASLt from summing in fewer bits.
+    assert all('"operand_precision":["HIGHEST","HIGHEST"]' in attributes for attributes, _ in in_fp8)
+    # Without recomputation, what products read is kept in FP8.
+    assert peaks[True] < (1 if remat == "none" else 1.02) * peaks[False]
+
+
 @pytest.mark.slow
 def test_replicas_of_a_pod_reduce_shards_only():
     require("a100-40gb")
