@@ -3,13 +3,15 @@
     python benchmarks/train_step.py                # on one GPU of 80 GB or more, in under ten minutes
     python benchmarks/train_step.py --small        # a minute on a CPU, in float32: shows that it runs
 
-Writes benchmarks/results/train_step_<device>.json, after each contestant, and a chart beside it.
+Writes benchmarks/results/train_step_<device>.json, after each contestant, and a chart beside it; with --fp8
+train_step_fp8_<device>.json.
 
 All do the same: a micro-batch of fresh tokens, forward, backward, clipping by the global norm, AdamW with float32
 parameters and moments under the run's schedule, no dropout, products in bfloat16, attention scaled by the layer, the
 head tied to the embedding, from the same weights. So their losses must agree, and they are reported.
 
-  ours          the step that `biomedlm_jax.train` runs;
+  ours          the step that `biomedlm_jax.train` runs; with --fp8 it is called ours-fp8, and stays out of the
+                comparison, because its products are of fewer bits than the others' (its MFU is of bfloat16's peak);
   torch         nanoGPT's way: one module, `torch.compile` of model and loss, the residual stream in bfloat16, SDPA with
                 cuDNN's kernel (benchmarks/attention.py found it the faster one), fused AdamW;
   torch-eager   the same without `torch.compile`;
@@ -58,6 +60,13 @@ class Settings(NamedTuple):
     profile: str
     """Folder for a profile of ours; empty for none."""
     small: bool
+    fp8: bool
+    """Of ours, which is then no contestant of the others."""
+
+
+def benchmark(settings: Settings) -> str:
+    """What the report is called: one with FP8 must not take the place of the comparison's."""
+    return "train_step_fp8" if settings.fp8 else "train_step"
 
 
 def configuration(settings: Settings, micro_batch: int) -> Any:
@@ -72,6 +81,8 @@ def configuration(settings: Settings, micro_batch: int) -> Any:
         model = dataclasses.replace(
             model, n_layer=4, n_embd=256, n_head=4, n_positions=256, vocab_size=4096, compute_dtype="float32"
         )
+    if settings.fp8:
+        model = dataclasses.replace(model, compute_dtype="bfloat16", fp8=True)
     train = dataclasses.replace(
         config.train,
         global_batch_size=micro_batch,
@@ -186,7 +197,12 @@ def run_ours(settings: Settings, micro_batch: int) -> Iterator[dict[str, Any]]:
         "peak_bytes": stats.get("peak_bytes_in_use"),
         "compiled_bytes": analysis and analysis.argument_size_in_bytes + analysis.temp_size_in_bytes,
         "losses": [float(jnp.asarray(loss)) for loss in losses[: settings.warm_up + settings.steps]],
-        "settings": {"remat": model.remat, "unroll": model.unroll, "loss_chunk": config.train.loss_chunk},
+        "settings": {
+            "remat": model.remat,
+            "unroll": model.unroll,
+            "loss_chunk": config.train.loss_chunk,
+            "fp8": model.fp8,
+        },
         "clocks": clocks,
     }
 
@@ -371,7 +387,7 @@ def run(cases: list[tuple[str, int]], settings: Settings, out: Path, budget_s: f
 
     end = time.monotonic() + budget_s
     device = timing.query_gpu("name").get("name") or list(attention._in_new_process(timing.device_kind, limit_s=60))[0]
-    path = timing.report_file(out, "train_step", device)
+    path = timing.report_file(out, benchmark(settings), device)
     chip, config = targets.chip_of(device), configuration(settings, 1)
     report: dict[str, Any] = {
         **timing.machine(device),
@@ -390,7 +406,8 @@ def run(cases: list[tuple[str, int]], settings: Settings, out: Path, budget_s: f
 
     matmul()
     for name, micro_batch in cases:
-        row: dict[str, Any] = {"contestant": name, "micro_batch": micro_batch, "clocks_before": timing.clocks()}
+        contestant = "ours-fp8" if settings.fp8 and name == "ours" else name
+        row: dict[str, Any] = {"contestant": contestant, "micro_batch": micro_batch, "clocks_before": timing.clocks()}
         left = min(limit_s, end - time.monotonic() - 15)
         begin = time.monotonic()
         if left < 30:
@@ -449,7 +466,10 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-_SIDES = {"ours": lambda row: row["contestant"] == "ours", "others": lambda row: row["contestant"] != "ours"}
+_SIDES = {
+    "ours": lambda row: row["contestant"] == "ours",
+    "others": lambda row: not row["contestant"].startswith("ours"),
+}
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -463,7 +483,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     bars = axes.barh(
         labels,
         [row["tokens_per_second"] for row in rows],
-        color=["#0072B2" if row["contestant"] == "ours" else "#BBBBBB" for row in rows],
+        color=["#0072B2" if row["contestant"].startswith("ours") else "#BBBBBB" for row in rows],
     )
     texts = [f"{row['tokens_per_second']:,.0f}" + (f" ({row['mfu']:.1%} MFU)" if row["mfu"] else "") for row in rows]
     axes.bar_label(bars, texts, padding=3)
@@ -488,6 +508,7 @@ def main() -> None:
     add("--budget-s", type=float, default=560, help="seconds after which nothing new begins")
     add("--limit-s", type=float, default=180, help="seconds that one case may take")
     add("--small", action="store_true", help="a small model in float32, on any machine")
+    add("--fp8", action="store_true", help="ours with model.fp8, which is not compared with the others")
     args = parser.parse_args()
     cases = []
     for case in (args.cases or (SMALL_CASES if args.small else CASES)).split(","):
@@ -495,12 +516,14 @@ def main() -> None:
         if name not in ("ours", "torch", "torch-eager", "huggingface") or not micro_batch.isdigit():
             parser.error(f"a case is contestant:micro-batch, not {case}")
         cases.append((name, int(micro_batch)))
-    settings = Settings(args.warm_up, args.steps, args.remat, args.unroll, args.loss_chunk, args.profile, args.small)
+    settings = Settings(
+        args.warm_up, args.steps, args.remat, args.unroll, args.loss_chunk, args.profile, args.small, args.fp8
+    )
     report = run(cases, settings, args.out, args.budget_s, args.limit_s)
     print(table(report))
     device = report["device"]
     if any(row["status"] == "ok" for row in report["rows"]):
-        draw(report, timing.report_file(args.out, "train_step", device).with_suffix(".png"))
+        draw(report, timing.report_file(args.out, benchmark(settings), device).with_suffix(".png"))
 
 
 if __name__ == "__main__":

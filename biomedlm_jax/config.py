@@ -101,6 +101,9 @@ class ModelConfig:
     """What the backward pass recomputes of a block: nothing, all but matrix products, or everything."""
     unroll: int = 1
     """Layers unrolled in a step of the scan over layers; n_layer unrolls all: slower to compile, faster on one GPU."""
+    fp8: bool = False
+    """Train with the four products of each block, and their gradients, in FP8 instead of bfloat16: NVIDIA Hopper and
+    later. Parameters, checkpoints and exports are the same, and used in bfloat16."""
 
     def __post_init__(self) -> None:
         require_each(
@@ -117,6 +120,10 @@ class ModelConfig:
             not self.attn_pdrop or self.attention in ("auto", "reference"),
             f"model.attention: {self.attention} has no dropout of attention probabilities (model.attn_pdrop: "
             f"{self.attn_pdrop}); choose auto or reference",
+        )
+        require(
+            not self.fp8 or self.compute_dtype == "bfloat16",
+            f"model.fp8 needs model.compute_dtype: bfloat16, not {self.compute_dtype}",
         )
 
     @property
@@ -528,10 +535,10 @@ def save_config(config: Any, path: str | Path) -> None:
     replace_file(path, yaml.safe_dump(values, sort_keys=False, width=120, allow_unicode=True).encode())
 
 
-# Settings that may change when a run goes on: they decide how and where it is computed, not what.
+# Settings that may change when a run goes on: they decide how and where it is computed, not what. (FP8 rounds more.)
 _MAY_CHANGE = {
     "task": {"train_files", "eval_files"},
-    "model": {"attention", "remat", "unroll"},
+    "model": {"attention", "remat", "unroll", "fp8"},
     "train": {
         "gradient_accumulation_steps",
         "loss_chunk",

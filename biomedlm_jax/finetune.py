@@ -32,6 +32,7 @@ with epy.lazy_imports():
         devices,
         distributed,
         encoding,
+        fp8,
         heads,
         load,
         metrics,
@@ -101,6 +102,7 @@ def _finetune(config: FinetuneConfig, job: Any, startup: Startup) -> int:
     devices.keep_compiled_programs(job)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_divisible(config, mesh)
+    fp8.check_devices(config.model, mesh)
     startup.end("devices")
 
     # ---- The examples, and what depends on them

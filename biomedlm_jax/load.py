@@ -189,8 +189,8 @@ def read_config(path: str | Path) -> ModelConfig:
     """
     path = Path(path)
     if _is_run(path):
-        # How attention is computed is a matter of the device that it is computed on.
-        return dataclasses.replace(checkpoint.read_config(path).model, attention="auto")
+        # How attention is computed is a matter of the device that it is computed on, and FP8 one of training.
+        return dataclasses.replace(checkpoint.read_config(path).model, attention="auto", fp8=False)
     if (path / "config.json").is_file():
         return huggingface.read_config(path)
     if not path.exists():

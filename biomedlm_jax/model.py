@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from biomedlm_jax import fp8
 from biomedlm_jax.attention import causal_attention, dropout
 from biomedlm_jax.config import ModelConfig
 from biomedlm_jax.elementwise import add_bias, gelu, layer_norm
@@ -40,18 +41,22 @@ class Linear(nnx.Linear):
 
     lora: nnx.LoRA | None = None
     lora_scale: float = 1.0
+    fp8: bool = False
 
     def __call__(self, x: Float[Array, "*batch width_in"]) -> Float[Array, "*batch width_out"]:  # type: ignore[override]
         """`x` times the kernel plus the bias, in the type of `x`."""
-        product = x @ self.kernel[...].astype(x.dtype)
+        kernel = self.kernel[...].astype(x.dtype)
+        product = fp8.product(x, kernel) if self.fp8 else x @ kernel
         if self.lora is not None:
             # Apart from the frozen kernel, whose gradient would be the dearest product of all.
             product = product + self.lora(x) * self.lora_scale
         return add_bias(product, self.bias[...])  # type: ignore[index]
 
 
-def _linear(width_in: int, width_out: int, stddev: float, rngs: nnx.Rngs) -> Linear:
-    return Linear(width_in, width_out, kernel_init=nnx.initializers.normal(stddev), rngs=rngs)
+def _linear(config: ModelConfig, width_in: int, width_out: int, stddev: float, rngs: nnx.Rngs) -> Linear:
+    made = Linear(width_in, width_out, kernel_init=nnx.initializers.normal(stddev), rngs=rngs)
+    made.fp8 = config.fp8
+    return made
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -72,8 +77,8 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
         width, stddev = config.n_embd, config.initializer_range
-        self.c_attn = _linear(width, 3 * width, stddev, rngs)
-        self.c_proj = _linear(width, width, stddev / math.sqrt(2 * config.n_layer), rngs)
+        self.c_attn = _linear(config, width, 3 * width, stddev, rngs)
+        self.c_proj = _linear(config, width, width, stddev / math.sqrt(2 * config.n_layer), rngs)
 
     def __call__(
         self,
@@ -99,8 +104,8 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         width, stddev = config.n_embd, config.initializer_range
-        self.c_fc = _linear(width, 4 * width, stddev, rngs)
-        self.c_proj = _linear(4 * width, width, stddev / math.sqrt(2 * config.n_layer), rngs)
+        self.c_fc = _linear(config, width, 4 * width, stddev, rngs)
+        self.c_proj = _linear(config, 4 * width, width, stddev / math.sqrt(2 * config.n_layer), rngs)
 
     def __call__(self, x: Float[Array, "batch seq embd"]) -> Float[Array, "batch seq embd"]:
         """The same function of each position."""

@@ -32,6 +32,7 @@ with epy.lazy_imports():
         data,
         devices,
         distributed,
+        fp8,
         load,
         metrics,
         mixture,
@@ -87,6 +88,7 @@ def _train(config: Config, job: Any, startup: Startup) -> int:
     devices.keep_compiled_programs(job)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_divisible(config, mesh)
+    fp8.check_devices(config.model, mesh)
     logger.info(
         "mesh: %s on %d x %s",
         ", ".join(f"{name} {size}" for name, size in mesh.shape.items()),

@@ -207,13 +207,13 @@ FLOAT32 = {
 
 
 @functools.cache
-def the_published_step_on_one_h200():
+def the_published_step_on_one_h200(fp8=False):
     """24 sequences and nothing recomputed, as benchmarks/train_step.py runs it; the peak of memory, and the program."""
     require("h200")
     compiled = lower_the_step_of_the_published_model(
         "h200:1x1",
         sequences=24,
-        model={"remat": "none", "unroll": 32},
+        model={"remat": "none", "unroll": 32, "fp8": fp8},
         train={"loss_chunk": 0},
         mesh={"reshard_after_forward": False},
     ).compile()
@@ -254,6 +254,11 @@ def test_the_configuration_for_one_gpu_fits(target, parts):
     assert plan.compiled.memory["gaps, batch, code"] < 0.02 * plan.compiled.memory_bytes
 
 
+def bytes_moved(module):
+    """What a step streams through memory beside products and attention."""
+    return sum(access.bytes * access.executions for access in traffic.accesses(module))
+
+
 def least_traffic(model, tokens):
     """Bytes that a step moves at least, beside products and attention, if biases are added by products.
 
@@ -281,7 +286,7 @@ def test_the_published_step_moves_little_more_than_it_must():
     """What is split into several passes, or rounded in a pass of its own, shows in bytes."""
     _, module = the_published_step_on_one_h200()
     ideal = least_traffic(config_lib.load_config(CONFIG_FILE).model, 24 * 1024)
-    moved = sum(access.bytes * access.executions for access in traffic.accesses(module))
+    moved = bytes_moved(module)
     for name, size in ideal.items():
         print(f"at least {size / 1e9:6.1f} GB: {name}")
     least = sum(ideal.values())
@@ -293,6 +298,51 @@ def test_the_published_step_moves_little_more_than_it_must():
         if instruction.opcode == "custom-call" and '"epilogue":"BIAS"' in instruction.attributes
     ]
     assert len(biased) == 4 * 32  # of all layers, added by cuBLAS as it writes the products
+
+
+def products_of(module):
+    """What cuBLASLt multiplies, as its custom call says it, and how often; those in FP8, and the others."""
+    calls = [
+        (instruction.attributes, executions)
+        for _, instruction, executions in module
+        if instruction.opcode == "custom-call" and 'target="__cublas$lt$matmul' in instruction.attributes
+    ]
+    in_fp8 = [call for call in calls if '"__cublas$lt$matmul$f8"' in call[0]]
+    return in_fp8, [call for call in calls if call not in in_fp8]
+
+
+@pytest.mark.parametrize(("remat", "unroll"), [("none", 2), ("matmuls", 1)])
+def test_every_product_of_a_block_is_one_in_fp8(remat, unroll):
+    """Two layers of the published width, 24 sequences."""
+    require("h200")
+    peaks = {}
+    for fp8 in (False, True):
+        compiled = lower_the_step_of_the_published_model(
+            "h200:1x1",
+            sequences=24,
+            model={"n_layer": 2, "remat": remat, "unroll": unroll, "fp8": fp8},
+            train={"loss_chunk": 0},
+            mesh={"reshard_after_forward": False},
+        ).compile()
+        module = hlo.parse(compiled.as_text())
+        in_fp8, others = products_of(module)
+        peaks[fp8] = compiled.memory_analysis().peak_memory_in_bytes
+        print(f"fp8 {fp8}, remat {remat}: {peaks[fp8] / 1e9:.1f} GB, {bytes_moved(module) / 1e9:.1f} GB moved")
+    # Four of each layer and two gradients of each, none twice; three of the head stay in bfloat16.
+    assert sum(times for _, times in in_fp8) == 2 * 12 and len(others) == 3
+    # What keeps cuBLASLt from summing in fewer bits.
+    assert all('"operand_precision":["HIGHEST","HIGHEST"]' in attributes for attributes, _ in in_fp8)
+    # Without recomputation, what products read is kept in FP8.
+    assert peaks[True] < (1 if remat == "none" else 1.02) * peaks[False]
+
+
+@pytest.mark.slow
+def test_the_published_step_in_fp8_needs_less_memory():
+    (peak, module), (peak_without, without) = (the_published_step_on_one_h200(fp8) for fp8 in (True, False))
+    print(f"h200, 24 sequences, nothing recomputed: {peak / 1e9:.1f} GB, {bytes_moved(module) / 1e9:.0f} GB moved")
+    print(f"without FP8: {peak_without / 1e9:.1f} GB, {bytes_moved(without) / 1e9:.0f} GB moved")
+    assert sum(times for _, times in products_of(module)[0]) == 32 * 12
+    assert peak < 0.95 * peak_without
 
 
 @pytest.mark.slow

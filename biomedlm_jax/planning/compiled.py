@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 
-from biomedlm_jax import adaptation, data, heads, hlo, sharding, step
+from biomedlm_jax import adaptation, data, fp8, heads, hlo, sharding, step
 from biomedlm_jax.config import Config, OptimizerConfig, TrainConfig
 from biomedlm_jax.encoding import padded_length
 from biomedlm_jax.errors import UserError
@@ -114,7 +114,7 @@ def compile_step(config: Config | FinetuneConfig, target: Target) -> CompiledSte
     """Compiles a training step.
 
     Raises:
-      UserError: a package is missing, or the configuration does not fit the target's devices.
+      UserError: a package is missing, or the target's devices cannot compute the configuration.
       OutOfMemory: the compiler gave up for want of memory (TPUs only).
     """
     check(config, target)
@@ -123,6 +123,7 @@ def compile_step(config: Config | FinetuneConfig, target: Target) -> CompiledSte
     compilation_cache.reset_cache()  # a process that has used it would go on to
     mesh = sharding.make_mesh(config.mesh, target.devices())
     sharding.check_divisible(config, mesh)
+    fp8.check_devices(config.model, mesh)
     return compile_on(config, target, mesh)
 
 
@@ -171,6 +172,8 @@ def compile_on(config: Config | FinetuneConfig, target: Target, mesh: Any) -> Co
         unknown.append("the compiled program, which XLA cannot print: no exchange and no memory traffic is counted")
     if not dump.live_ranges or not dump.buffers:
         unknown.append("what is in memory when most of it is used: XLA wrote no dump of its buffers")
+    if config.model.fp8:
+        unknown.append("how much faster products in FP8 are, which was not measured: they count as in bfloat16")
     return CompiledStep(
         config=config,
         target=target,
