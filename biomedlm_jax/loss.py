@@ -21,8 +21,7 @@ def _head_logits_forward(hidden: Array, wte: Array) -> tuple[Array, tuple[Array,
 def _head_logits_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     hidden, wte = residuals
     gradient = gradient.astype(hidden.dtype)
-    # Of float32, XLA for CPUs copies the larger one transposed unless the smaller one comes first; of bfloat16 it cannot
-    # compute that at all.
+    # XLA for CPUs copies a large first operand transposed in float32, and cannot compute the other order in bfloat16.
     if gradient.dtype == jnp.float32:
         d_wte = jnp.einsum("...e,...v->ev", hidden, gradient, preferred_element_type=wte.dtype).T
     else:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from biomedlm_jax import fp8
@@ -26,6 +27,9 @@ from biomedlm_jax.sharding import GATHERED, GATHERED_AND_KEPT, constrain_rows
 
 # A nested dictionary of arrays: parameters, or anything of their structure.
 Params = dict[str, Any]
+
+# What `jax.checkpoint` knows the results of a block's products by, each with its bias.
+PRODUCT = "product"
 
 # From the packed projection, [batch, seq, 3*heads, head_dim], the scale of scores, and dropout_keys, to what each
 # position takes from the others, [batch, seq, heads, head_dim]; `attention.causal_attention`, or one with a cache.
@@ -50,7 +54,7 @@ class Linear(nnx.Linear):
         if self.lora is not None:
             # Apart from the frozen kernel, whose gradient would be the dearest product of all.
             product = product + self.lora(x) * self.lora_scale
-        return add_bias(product, self.bias[...])  # type: ignore[index]
+        return checkpoint_name(add_bias(product, self.bias[...]), PRODUCT)  # type: ignore[index]
 
 
 def _linear(config: ModelConfig, width_in: int, width_out: int, stddev: float, rngs: nnx.Rngs) -> Linear:
@@ -175,10 +179,7 @@ def _save_all_but_gathered(primitive: Any, *operands: Any, **params: Any) -> boo
 REMAT_POLICIES = {
     "none": _save_all_but_gathered,
     # To the policy, a kernel is no matrix product: its result, and what its backward pass needs, are saved by name.
-    "matmuls": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME, GATHERED_AND_KEPT),
-    ),
+    "matmuls": jax.checkpoint_policies.save_only_these_names(PRODUCT, CHECKPOINT_NAME, GATHERED_AND_KEPT),
     "full": jax.checkpoint_policies.save_only_these_names(GATHERED_AND_KEPT),
 }
 

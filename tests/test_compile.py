@@ -89,6 +89,17 @@ def lower_the_step_of_the_published_model(name, sequences=8, model=None, train=N
         return jitted.lower(state, batch)
 
 
+def products_of(module):
+    """What cuBLAS multiplies, as its custom call says it, and how often; those in FP8, and the others."""
+    calls = [
+        (instruction.attributes, executions)
+        for _, instruction, executions in module
+        if instruction.opcode == "custom-call" and 'target="__cublas$' in instruction.attributes
+    ]
+    in_fp8 = [call for call in calls if '"__cublas$lt$matmul$f8"' in call[0]]
+    return in_fp8, [call for call in calls if call not in in_fp8]
+
+
 def text_of(compiled, lowered, target):
     """The optimized program; where XLA cannot print one that it has compiled for TPUs, what went in is looked at."""
     try:
@@ -125,6 +136,10 @@ def test_the_step_of_the_published_model_compiles_with_the_kernels_in_it(target,
         if instruction.opcode == "custom-call" and kernel_calls(instruction.attributes)
     )
     assert runs == 32 * alone
+    # And each product of a layer once, forward, and twice, backward; those of the head for each part of the positions,
+    # the logits twice.
+    if target != "v5p":
+        assert sum(times for _, times in products_of(hlo.parse(text))[1]) == 32 * (4 + 8) + 4 * (2 + 2)
     collectives = hlo.collectives(hlo.parse(text))
     assert collectives or name == "h200:1x1"
     weight = 2560 * 7680
@@ -298,17 +313,6 @@ def test_the_published_step_moves_little_more_than_it_must():
         if instruction.opcode == "custom-call" and '"epilogue":"BIAS"' in instruction.attributes
     ]
     assert len(biased) == 4 * 32  # of all layers, added by cuBLAS as it writes the products
-
-
-def products_of(module):
-    """What cuBLASLt multiplies, as its custom call says it, and how often; those in FP8, and the others."""
-    calls = [
-        (instruction.attributes, executions)
-        for _, instruction, executions in module
-        if instruction.opcode == "custom-call" and 'target="__cublas$lt$matmul' in instruction.attributes
-    ]
-    in_fp8 = [call for call in calls if '"__cublas$lt$matmul$f8"' in call[0]]
-    return in_fp8, [call for call in calls if call not in in_fp8]
 
 
 @pytest.mark.parametrize(("remat", "unroll"), [("none", 2), ("matmuls", 1)])
