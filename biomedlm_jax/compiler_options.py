@@ -52,8 +52,9 @@ OPTIONS = (
     ),
     Option(
         (("xla_allow_excess_precision", False),),
-        "NVIDIA",
-        "rounds to bfloat16 where the step says so: else GELU's gradient is also written in float32, for a bias's sum",
+        "",
+        "rounds to bfloat16 where the step says so: else a small bias decides all ties of its sum with a product and "
+        "shifts the loss by a thousandth, and GELU's gradient is also written in float32",
         exchanges=False,
     ),
     Option(

@@ -134,30 +134,33 @@ def _run(
         "dev_examples_sha256": dev_set.fingerprint if dev_set else None,
     }
     latest = job.first("find the newest checkpoint", checkpointer.latest_step)
-    state, frozen, progress = _starting_state(config, mesh, checkpointer, latest, identity)
-    start_step, steps = int(state.step), config.train.steps
+    progress = _progress(config, checkpointer, latest, identity)
+    start_step, steps = latest or 0, config.train.steps
     if start_step >= steps or progress.out_of_patience(config):
         logger.info("%s is done: it has its %d steps", config.run.dir, start_step)
         return 0
 
-    startup.end("weights")
-
-    # ---- The compiled steps, and the batches they take
+    # ---- The compiled steps, before any weights: what does not fit into memory is refused now
     rows, size = sharding.batch_sharding(mesh), config.train.global_batch_size
     objective = adaptation.objective(config)
-    state_shardings = sharding.tree_shardings(mesh, state)
-    frozen_shardings = sharding.tree_shardings(mesh, frozen) if frozen else None
+    trained, frozen_shapes = adaptation.abstract_start(config)
+    shapes = jax.eval_shape(functools.partial(step.init_state, config), trained)
+    state_shardings, frozen_shardings = sharding.tree_shardings(mesh, (shapes, frozen_shapes))
     train_step = program.Program(
         config,
         lambda config: step.jit_train_step(config, state_shardings, rows, objective, frozen_shardings),
         job.first("read the limit of its memory", program.memory_limit),
     )
-    others = (frozen,) if frozen else ()
     read = functools.partial(encoding.train_batches, train_set, config.train.seed, size, stop_step=steps, sharding=rows)
     # For the longest rows, and for those of the first step; for others when they come.
-    train_step.compile(state, train_set.batch([train_set.longest], size, rows), *others)
-    train_step.compile(state, next(read(start_step)), *others)
+    for batch in (train_set.batch([train_set.longest], size, rows), next(read(start_step))):
+        train_step.compile(shapes, batch, *((frozen_shapes,) if frozen_shapes else ()))
     startup.end("compilation", "from the cache" if train_step.from_cache else "")
+
+    # ---- The state to start from
+    state, frozen, progress = _starting_state(config, mesh, state_shardings, checkpointer, latest, progress)
+    others = (frozen,) if frozen else ()
+    startup.end("weights")
     evaluate = _Evaluator(config, mesh, dev_set, objective)
     throughput = metrics.Throughput({"examples": size})
 
@@ -244,19 +247,21 @@ class _Evaluator:
         }
 
 
+def _progress(config: FinetuneConfig, checkpointer: Any, latest: int | None, identity: dict[str, Any]) -> _Progress:
+    """What the dev set has said until a checkpoint, which must be of the same examples."""
+    if latest is None:
+        return _Progress()
+    metadata = checkpointer.metadata(latest)
+    running.check_identity(metadata.pop("data"), identity, config.run.dir)
+    return _Progress(**metadata)
+
+
 def _starting_state(
-    config: FinetuneConfig, mesh: Any, checkpointer: Any, latest: int | None, identity: dict[str, Any]
+    config: FinetuneConfig, mesh: Any, state_shardings: Any, checkpointer: Any, latest: int | None, progress: _Progress
 ) -> tuple[Any, Any, _Progress]:
-    """The state from the newest checkpoint or run.init_from, what is frozen beside it, and the dev set's say so far."""
+    """The state from the newest checkpoint or run.init_from, what is frozen beside it, and what tells its weights."""
     init_state = functools.partial(step.init_state, config)
     trained, frozen = adaptation.abstract_start(config)
-    state = jax.eval_shape(init_state, trained)
-    state_shardings = sharding.tree_shardings(mesh, state)
-    progress = _Progress()
-    if latest is not None:
-        metadata = checkpointer.metadata(latest)
-        running.check_identity(metadata.pop("data"), identity, config.run.dir)
-        progress = _Progress(**metadata)
     base = None
     if latest is None or frozen:
         there = load.mesh_shardings(config.run.init_from, mesh)
@@ -274,9 +279,7 @@ def _starting_state(
         frozen = jax.jit(
             lambda base: adaptation.start(config, base)[1], out_shardings=sharding.tree_shardings(mesh, frozen)
         )(base)
-    abstract = jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, state_shardings
-    )
+    abstract = jax.jit(init_state, out_shardings=state_shardings).eval_shape(trained)
     logger.info("weights: going on from step %d of %s", latest, config.run.dir)
     return checkpointer.restore(latest, abstract), frozen, progress
 

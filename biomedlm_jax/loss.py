@@ -86,10 +86,10 @@ def next_token_loss(
     """
     labels = jnp.roll(tokens, -1, axis=1)
     weights = _target_mask(mask).astype(jnp.float32)
-    if not chunk:
+    batch, seq = tokens.shape
+    if chunk in (0, seq):
         return _head_loss(hidden, wte, labels, weights)
     # Along the sequence, never the batch: the batch is sharded over devices.
-    batch, seq = tokens.shape
     chunks = [
         jnp.moveaxis(x.reshape(batch, seq // chunk, chunk, *x.shape[2:]), 1, 0) for x in (hidden, labels, weights)
     ]

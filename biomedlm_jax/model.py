@@ -37,11 +37,7 @@ Attend = Callable[..., Float[Array, "batch seq heads head_dim"]]
 
 
 class Linear(nnx.Linear):
-    """A product in the compute type, perhaps with a low-rank one beside it, and a bias in float32.
-
-    The gradient of a bias is a sum over all tokens of the batch. In bfloat16 such a sum stops to grow after some
-    hundred terms: it was 20 % off at 16,384 tokens.
-    """
+    """A product and a bias in the compute type, perhaps with a low-rank product beside it."""
 
     lora: nnx.LoRA | None = None
     lora_scale: float = 1.0

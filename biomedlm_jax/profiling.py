@@ -5,6 +5,8 @@ from pathlib import Path
 
 import jax
 
+from biomedlm_jax.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 FOLDER = "profile"
@@ -23,26 +25,50 @@ class Profile:
     """
 
     def __init__(self, run_dir: str, start_step: int, steps: int):
-        """Args: `start_step`, completed before this process; `steps`, how many to record; 0 records none."""
+        """Makes the profile's folder.
+
+        Args:
+          start_step: completed before this process.
+          steps: how many to record; 0 records none.
+
+        Raises:
+          UserError: the folder cannot be made.
+        """
         self.first = start_step + _SKIPPED + 1
         self.last = start_step + _SKIPPED + steps
         self._folder = Path(run_dir) / FOLDER
+        self._wanted = steps > 0
         self.is_recording = False
+        if steps:
+            try:
+                self._folder.mkdir(exist_ok=True)
+            except OSError as error:
+                raise UserError(f"train.profile_steps cannot write to {self._folder}: {error.strerror}") from error
 
     def start(self) -> None:
         """Begins to record."""
         jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
-        self.is_recording = True
+        self.is_recording, self._wanted = True, False
 
     def stop(self) -> None:
-        """Writes what was recorded, if anything was."""
+        """Writes what was recorded, if anything was; a profile that cannot be written ends no run."""
         if not self.is_recording:
             return
         self.is_recording = False
-        jax.profiler.stop_trace()
+        try:
+            jax.profiler.stop_trace()
+        except (OSError, jax.errors.JaxRuntimeError) as error:
+            logger.warning("the profile cannot be written to %s: %s", self._folder, str(error).splitlines()[0])
+            return
         logger.info(
             "profile from step %d on: xprof --logdir %s shows it (pip install xprof), and https://ui.perfetto.dev its "
             "perfetto_trace.json.gz",
             self.first,
             self._folder,
         )
+
+    def close(self) -> None:
+        """Stops, and says so if nothing was recorded although it should."""
+        self.stop()
+        if self._wanted:
+            logger.warning("train.profile_steps has recorded nothing: it begins with step %d", self.first)

@@ -239,7 +239,7 @@ class Record:
 
     def close(self) -> None:
         """Writes out everything."""
-        self._profile.stop()
+        self._profile.close()
         if self._writer:
             self._writer.close()
 

@@ -125,26 +125,29 @@ def _run(config: Config, mesh: Any, checkpointer: Any, job: Any, startup: Startu
     identity = data.identity(train_rows, config.train.seed, config.train.global_batch_size)
     startup.end("rows")
 
-    # ---- The state to start from
+    # ---- The compiled step, before any weights: what does not fit into memory is refused now
     latest = job.first("find the newest checkpoint", checkpointer.latest_step)
-    state, state_shardings = _starting_state(config, mesh, checkpointer, latest, identity)
-    start_step = int(state.step)
-    if start_step >= config.train.steps:
-        logger.info("%s has all its %d steps already", run_dir, start_step)
+    _check_start(config, checkpointer, latest, identity)
+    if latest is not None and latest >= config.train.steps:
+        logger.info("%s has all its %d steps already", run_dir, latest)
         return 0
+    batch_sharding = sharding.batch_sharding(mesh)
+    shapes = jax.eval_shape(functools.partial(step.init_state, config))
+    shardings = sharding.tree_shardings(mesh, shapes)
+    train_step = program.Program(
+        config,
+        lambda config: step.jit_train_step(config, shardings, batch_sharding),
+        job.first("read the limit of its memory", program.memory_limit),
+    )
+    train_step.compile(shapes, data.abstract_batch(config))
+    startup.end("compilation", "from the cache" if train_step.from_cache else "")
+
+    # ---- The state to start from, and the batches
+    state = _starting_state(config, shardings, checkpointer, latest)
+    start_step = int(state.step)
     its_tokenizer = next(iter(config.prepared_dirs)) / "tokenizer"
     job.first("describe the run", lambda: running.describe(config, tokenizer.load_tokenizer(its_tokenizer)))
     startup.end("weights")
-
-    # ---- The compiled steps, and the batches they take
-    batch_sharding = sharding.batch_sharding(mesh)
-    train_step = program.Program(
-        config,
-        lambda config: step.jit_train_step(config, state_shardings, batch_sharding),
-        job.first("read the limit of its memory", program.memory_limit),
-    )
-    train_step.compile(state, data.abstract_batch(config))
-    startup.end("compilation", "from the cache" if train_step.from_cache else "")
     evaluator = _Evaluator(config, held_out, batch_sharding, job)
     batches = data.train_batches(
         train_rows,
@@ -200,30 +203,33 @@ def _run(config: Config, mesh: Any, checkpointer: Any, job: Any, startup: Startu
     return 0
 
 
-def _starting_state(
-    config: Config, mesh: Any, checkpointer: Any, latest: int | None, identity: dict[str, Any]
-) -> tuple[Any, Any]:
-    """The state from the first source of weights that there is, on the mesh, and its shardings."""
-    init_state = functools.partial(step.init_state, config)
-    shardings = sharding.tree_shardings(mesh, jax.eval_shape(init_state))
-    jitted_init = jax.jit(init_state, out_shardings=shardings)
-    run_dir, init_from = config.run.dir, config.run.init_from
+def _check_start(config: Config, checkpointer: Any, latest: int | None, identity: dict[str, Any]) -> None:
+    """Raises: UserError: the weights to start from are of another run or of another architecture."""
+    if latest is not None:
+        running.check_identity(checkpointer.metadata(latest)["data"], identity, config.run.dir)
+    elif config.run.init_from:
+        load.check_architecture(config.run.init_from, config.model)
+
+
+def _starting_state(config: Config, shardings: Any, checkpointer: Any, latest: int | None) -> Any:
+    """The state from the first source of weights that there is, laid out by `shardings`."""
+    jitted_init = jax.jit(functools.partial(step.init_state, config), out_shardings=shardings)
+    init_from = config.run.init_from
     if latest is not None:
         state = checkpointer.restore(latest, jitted_init.eval_shape())
-        running.check_identity(checkpointer.metadata(latest)["data"], identity, run_dir)
         not_used = "; run.init_from is not used" if init_from else ""
-        logger.info("weights: going on from step %d of %s%s", latest, run_dir, not_used)
-        return state, shardings
+        logger.info("weights: going on from step %d of %s%s", latest, config.run.dir, not_used)
+        return state
     if not init_from:
         logger.info("weights: random, from train.seed %d", config.train.seed)
-        return jitted_init(), shardings
+        return jitted_init()
     state = jitted_init(load.start_from(init_from, config.model, shardings.params))
     logger.info("weights: of %s, at step 0", init_from)
     with contextlib.suppress(UserError):  # weights may come without a tokenizer
         theirs, prepared = load.load_tokenizer(init_from).fingerprint, next(iter(config.prepared_dirs))
         if theirs != rows.read_manifest(prepared)["tokenizer_sha256"]:
             logger.warning("weights: %s has another tokenizer than %s: its ids mean other words", init_from, prepared)
-    return state, shardings
+    return state
 
 
 class _Evaluator:

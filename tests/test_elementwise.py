@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from biomedlm_jax.elementwise import gelu, layer_norm
+from biomedlm_jax.elementwise import add_bias, gelu, layer_norm
 
 torch = pytest.importorskip("torch")
 
@@ -56,6 +56,19 @@ def test_gelu(dtype):
     [ours] = vjp(weight)
     assert ours.dtype == dtype
     assert_near(ours, theirs.grad, dtype)
+
+
+def test_the_gradient_of_a_bias_is_summed_in_float32():
+    """In bfloat16 a sum of equal terms stops to grow at 256 of them."""
+    x, bias = draw(8192, WIDTH, dtype=jnp.bfloat16), draw(WIDTH, seed=1)
+    weight = draw(8192, WIDTH, seed=2, dtype=jnp.bfloat16, offset=1.0)
+    out, vjp = jax.vjp(add_bias, x, bias)
+    assert out.dtype == x.dtype
+    assert_near(out, in_float64(x) + in_float64(bias.astype(jnp.bfloat16)), jnp.bfloat16)
+    of_x, of_bias = vjp(weight)
+    np.testing.assert_array_equal(of_x, weight)
+    assert of_bias.dtype == bias.dtype
+    assert_near(of_bias, in_float64(weight).sum(0), jnp.float32)
 
 
 def test_they_keep_what_they_read_and_nothing_else():

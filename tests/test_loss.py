@@ -43,6 +43,20 @@ def test_chunks_have_the_same_gradient(chunk):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, parts)
 
 
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_the_gradient_is_that_of_a_derived_loss(chunk):
+    """The one that JAX makes of the formula, also of a multiple of the loss."""
+    hidden, wte, tokens, mask = inputs()
+
+    def formula(hidden, wte):
+        log_p = jax.nn.log_softmax(hidden[:, :-1] @ wte.T)
+        return -jnp.sum(jnp.take_along_axis(log_p, tokens[:, 1:, None], -1)[..., 0] * mask[:, 1:])
+
+    expected = jax.grad(lambda h, w: 3 * formula(h, w), argnums=(0, 1))(hidden, wte)
+    found = jax.grad(lambda h, w: 3 * next_token_loss(h, w, tokens, mask, chunk), argnums=(0, 1))(hidden, wte)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), expected, found)
+
+
 def test_chunks_bound_the_logits():
     """No array of the chunked loss is as large as the logits of all positions."""
     hidden, wte, tokens, mask = inputs(batch=2, seq=64, vocab=512)

@@ -11,11 +11,12 @@ import subprocess
 import sys
 import unittest.mock
 
+import jax
 import numpy as np
 import pytest
 import tiny
 
-from biomedlm_jax import checkpoint, files, metrics, model, preparation, program, rows
+from biomedlm_jax import checkpoint, files, metrics, model, preparation, program, rows, running
 from biomedlm_jax import config as config_lib
 from biomedlm_jax import step as step_lib
 from biomedlm_jax import train as train_lib
@@ -354,6 +355,49 @@ def test_a_profile_has_the_steps_asked_for(prepared, tmp_path, caplog, profiled,
     # What the device did, too, and not only what this process asked of it.
     assert any("dot" in event.get("name", "") for event in events)
     assert set(losses(config.run.dir)) == {1, 2, 3, 4, 5}
+
+
+def test_a_profile_begins_behind_all_steps_before_it(prepared, tmp_path, monkeypatch):
+    """Of which one may still be computed."""
+    events = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda *args, **kwargs: events.append("profile"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("end"))
+    check = running.Record.check
+    monkeypatch.setattr(
+        running.Record, "check", lambda self: events.extend(["check"] * bool(self._pending)) or check(self)
+    )
+    config = make_config(prepared, tmp_path / "run", train={"steps": 5, "eval_every": 0, "profile_steps": 2})
+    assert train_lib.train(config) == 0
+    assert events[:5] == ["check", "check", "profile", "check", "check"] and events[5] == "end"
+
+
+def test_a_profile_that_cannot_be_written_ends_no_run(prepared, tmp_path, monkeypatch, caplog):
+    config = make_config(prepared, tmp_path / "run", train={"steps": 4, "eval_every": 0, "profile_steps": 2})
+    stop = jax.profiler.stop_trace
+
+    def full():
+        stop()
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no space left on device")
+
+    monkeypatch.setattr(jax.profiler, "stop_trace", full)
+    assert train_lib.train(config) == 0
+    assert "the profile cannot be written" in caplog.text and "no space left" in caplog.text
+    # Where there is no place for it, that is said at once.
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "profile").write_text("")
+    with pytest.raises(UserError, match="train.profile_steps cannot write to .*/other/profile: File exists"):
+        train_lib.train(tiny.replace(config, run={"dir": str(tmp_path / "other")}))
+
+
+def test_a_run_too_short_for_a_profile_says_so(prepared, tmp_path, caplog):
+    config = make_config(
+        prepared,
+        tmp_path / "run",
+        train={"steps": 2, "eval_every": 0, "profile_steps": 2},
+        optimizer={"warmup_steps": 1},
+    )
+    assert train_lib.train(config) == 0
+    assert "train.profile_steps has recorded nothing: it begins with step 3" in caplog.text
 
 
 def test_a_finished_run_says_so(straight, prepared, caplog):
