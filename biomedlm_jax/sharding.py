@@ -174,17 +174,22 @@ class Exchange:
 
     def all_gather(self, x: Shaped[Array, "..."], axis: int = 0) -> Shaped[Array, "..."]:
         """Every device's `x` along an axis, in the order of the devices."""
-        for ring in reversed(range(len(self.rings))):
+        for ring in reversed(self._exchanging):
             x = jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True, axis_index_groups=self._groups(ring))
         return x
 
     def reduce_scatter(self, x: Float[Array, "..."], axis: int = 0) -> Float[Array, "..."]:
         """Each device's part, along an axis, of the sum of all devices' `x`."""
-        for ring in range(len(self.rings)):
+        for ring in self._exchanging:
             x = jax.lax.psum_scatter(
                 x, "fsdp", scatter_dimension=axis, tiled=True, axis_index_groups=self._groups(ring)
             )
         return x
+
+    @property
+    def _exchanging(self) -> list[int]:
+        """The rings of more than one device; of an exchange with nobody, XLA for CPUs makes copies."""
+        return [ring for ring, size in enumerate(self.rings) if size > 1]
 
     def _groups(self, ring: int) -> list[list[int]] | None:
         if len(self.rings) == 1:
