@@ -135,6 +135,8 @@ def _run(
     }
     latest = job.first("find the newest checkpoint", checkpointer.latest_step)
     progress = _progress(config, checkpointer, latest, identity)
+    if latest is None:
+        load.check_weights(config.run.init_from)
     start_step, steps = latest or 0, config.train.steps
     if start_step >= steps or progress.out_of_patience(config):
         logger.info("%s is done: it has its %d steps", config.run.dir, start_step)
@@ -161,7 +163,7 @@ def _run(
     state, frozen, progress = _starting_state(config, mesh, state_shardings, checkpointer, latest, progress)
     others = (frozen,) if frozen else ()
     startup.end("weights")
-    evaluate = _Evaluator(config, mesh, dev_set, objective)
+    evaluate = _Evaluator(config, mesh, dev_set)
     throughput = metrics.Throughput({"examples": size})
 
     def count(done: int) -> dict[str, float]:
@@ -223,13 +225,16 @@ class _Progress:
 class _Evaluator:
     """The numbers of the dev set, by parameters; none without one."""
 
-    def __init__(self, config: FinetuneConfig, mesh: Any, dev_set: Any, objective: Any):
+    def __init__(self, config: FinetuneConfig, mesh: Any, dev_set: Any):
         self._dev_set, self._rows = dev_set, sharding.batch_sharding(mesh)
         self._size = config.train.global_batch_size // config.train.gradient_accumulation_steps
         self._has_head = bool(adaptation.scores_per_row(config))
-        lora = adaptation.lora_of(config)
+        # As the model is used.
+        used = dataclasses.replace(config, model=dataclasses.replace(config.model, fp8=False))
         self._step = (
-            heads.jit_scores(config, mesh, lora) if self._has_head else step.jit_eval_step(config, mesh, objective)
+            heads.jit_scores(used, mesh, adaptation.lora_of(config))
+            if self._has_head
+            else step.jit_eval_step(used, mesh, adaptation.objective(used))
         )
 
     def __call__(self, params: Any) -> dict[str, float]:

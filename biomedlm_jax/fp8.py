@@ -26,8 +26,8 @@ OPERAND, GRADIENT = jnp.float8_e4m3fn, jnp.float8_e5m2
 # An array in FP8, and its scale.
 Quantized = tuple[Float[Array, "..."], Float[Array, ""]]
 
-# CUDA compute capability of Ada and Hopper.
-_CAPABILITY = 8.9
+# CUDA compute capability of Hopper.
+_CAPABILITY = 9.0
 
 
 def check_devices(config: ModelConfig, mesh: Mesh) -> None:
@@ -60,7 +60,8 @@ def product(
 ) -> Float[Array, "*batch width_out"]:
     """`x` times `kernel`, both rounded to FP8, summed in float32, in the type of `x`, which must be that of `kernel`.
 
-    Its gradients are such products as well. Inside of a `shard_map` scales are of what a device holds.
+    Its gradients are such products as well. `x` has more than two axes, by which `model.REMAT_POLICIES` tell this from
+    gathered kernels. Inside of a `shard_map` scales are of what a device holds.
     """
     return _product_forward(x, kernel)[0]
 

@@ -265,6 +265,11 @@ def load_params(directory: str | Path, head: Sequence[Tensor] = ()) -> tuple[Mod
     return config, traverse_util.unflatten_dict(flat, sep="/")
 
 
+def check_weights(directory: str | Path, head: Sequence[Tensor] = ()) -> None:
+    """Raises: UserError: what `load_params` would raise but for damaged values, of which it reads none."""
+    _checked_entries(Path(directory), head)
+
+
 def _checked_entries(
     directory: Path, head: Sequence[Tensor] = ()
 ) -> tuple[ModelConfig, list[Tensor], dict[str, Entry]]:

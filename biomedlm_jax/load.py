@@ -329,6 +329,15 @@ def check_architecture(path: str | Path, config: ModelConfig, but_words: bool = 
             )
 
 
+def check_weights(path: str | Path) -> None:
+    """Refuses a folder whose weights are missing or not those of its configuration, in a moment: it reads none."""
+    if _is_run(Path(path)):
+        checkpoint.find_step(path)
+    else:
+        task = read_task(path)
+        huggingface.check_weights(path, huggingface.head_tensors(task) if task else ())
+
+
 def load_tokenizer(path: str | Path) -> tokenizer_lib.Tokenizer:
     """The tokenizer beside the model in a run's folder or a Hugging Face folder.
 

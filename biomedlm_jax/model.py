@@ -163,7 +163,7 @@ def _save_all_but_gathered(primitive: Any, *operands: Any, **params: Any) -> boo
     """The policy that saves everything but gathered weights.
 
     To a policy, `sharding.gather_kernels` is one operation with a gradient of its own, then the naming of its result;
-    it is the only one of that sort that takes a matrix.
+    it is the only one of that sort whose first argument is a matrix.
     """
     if primitive.name == "name":
         return params["name"] != GATHERED

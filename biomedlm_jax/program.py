@@ -132,7 +132,8 @@ class Program:
     def _savings(self) -> str:
         """What else needs less memory."""
         remat = {"none": ["model.remat matmuls or full"], "matmuls": ["model.remat full"], "full": []}
-        chunk = [] if self._config.train.loss_chunk else ["train.loss_chunk"]
+        unchunked = self._config.train.loss_chunk in (0, self._config.model.n_positions)
+        chunk = ["train.loss_chunk"] if unchunked else []
         return f"{', '.join([*remat[self._config.model.remat], *chunk, 'more devices'])} need less, too"
 
 

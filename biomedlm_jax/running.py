@@ -17,7 +17,7 @@ from biomedlm_jax import config as config_lib
 from biomedlm_jax.config import Config
 from biomedlm_jax.errors import UserError
 from biomedlm_jax.finetune_config import FinetuneConfig
-from biomedlm_jax.profiling import Profile
+from biomedlm_jax.profiling import Profile, check_folder
 from biomedlm_jax.startup import Startup
 from biomedlm_jax.tokenizer import Tokenizer
 
@@ -39,6 +39,8 @@ def hold(config: Config | FinetuneConfig, stack: contextlib.ExitStack) -> None:
         raise UserError(f"{run_dir} holds a model to start from: choose another run.dir")
     run_dir.mkdir(parents=True, exist_ok=True)
     stack.enter_context(files.lock(run_dir / ".lock", functools.partial(_refuse_busy, run_dir)))
+    if config.train.profile_steps:
+        check_folder(run_dir)
     if not checkpoint.has_steps(run_dir):
         return
     there = checkpoint.read_config(run_dir)

@@ -243,7 +243,7 @@ def gather_kernels(exchange: Exchange, layer: Any) -> Any:
     """One layer's parameters with its kernels whole, in the exchange's type; the other ones as they are.
 
     Each device gets its shard of a kernel's gradient in float32. `model.REMAT_POLICIES` know this function by being
-    the only one with a gradient of its own that takes a matrix, and by the name of its result.
+    the only one with a gradient of its own whose first argument is a matrix, and by the name of its result.
     """
     name = GATHERED_AND_KEPT if exchange.keep else GATHERED
 

@@ -9,6 +9,7 @@ Which weights a run starts from, the first that there is:
 """
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import os
@@ -204,11 +205,12 @@ def _run(config: Config, mesh: Any, checkpointer: Any, job: Any, startup: Startu
 
 
 def _check_start(config: Config, checkpointer: Any, latest: int | None, identity: dict[str, Any]) -> None:
-    """Raises: UserError: the weights to start from are of another run or of another architecture."""
+    """Raises: UserError: the weights to start from are missing, of another run, or of another architecture."""
     if latest is not None:
         running.check_identity(checkpointer.metadata(latest)["data"], identity, config.run.dir)
     elif config.run.init_from:
         load.check_architecture(config.run.init_from, config.model)
+        load.check_weights(config.run.init_from)
 
 
 def _starting_state(config: Config, shardings: Any, checkpointer: Any, latest: int | None) -> Any:
@@ -241,7 +243,9 @@ class _Evaluator:
         # As many rows at once as in training, and the same rows however many that are.
         self._batch_size, self._limit = config.train.global_batch_size // parts, config.train.eval_batches * parts
         self._document_attention = config.data.document_attention
-        self._step = step.jit_eval_step(config, batch_sharding.mesh)
+        # As the model is used.
+        used = dataclasses.replace(config, model=dataclasses.replace(config.model, fp8=False))
+        self._step = step.jit_eval_step(used, batch_sharding.mesh)
 
     def __call__(self, params: Any) -> dict[str, float]:
         """'eval/loss' in nats a token of all sets, 'eval/perplexity', and of several sets 'eval/loss/NAME' of each.

@@ -317,6 +317,7 @@ def test_the_published_step_moves_little_more_than_it_must():
         if instruction.opcode == "custom-call" and '"epilogue":"BIAS"' in instruction.attributes
     ]
     assert len(biased) == 4 * 32  # of all layers, added by cuBLAS as it writes the products
+    assert sum(times for _, times in products_of(module)[1]) == 12 * 32 + 3  # none twice
     # But not the residual stream, which it would copy first.
     assert {re.search('"beta":([^,]*)', attributes)[1] for attributes, _ in products_of(module)[1]} == {"0"}
 
@@ -340,6 +341,7 @@ def test_every_product_of_a_block_is_one_in_fp8(remat, unroll):
         print(f"fp8 {fp8}, remat {remat}: {peaks[fp8] / 1e9:.1f} GB, {bytes_moved(module) / 1e9:.1f} GB moved")
     # Four of each layer and two gradients of each, none twice; three of the head stay in bfloat16.
     assert sum(times for _, times in in_fp8) == 2 * 12 and len(others) == 3
+    assert sum('"epilogue":"BIAS"' in attributes for attributes, _ in in_fp8) == 4 * unroll
     # What keeps cuBLASLt from summing in fewer bits.
     assert all('"operand_precision":["HIGHEST","HIGHEST"]' in attributes for attributes, _ in in_fp8)
     # Without recomputation, what products read is kept in FP8.

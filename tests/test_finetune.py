@@ -155,6 +155,17 @@ def test_evaluate_repeats_the_dev_set(run, world):
     assert all(max(line["scores"], key=line["scores"].get) == line["prediction"] for line in found.predictions)
 
 
+def test_the_dev_set_is_answered_without_fp8(world, tmp_path):
+    """As the model that is chosen by it will answer."""
+    config = make_config(world, "pubmedqa", tmp_path / "run")
+    model = dataclasses.replace(config.model, compute_dtype="bfloat16", fp8=True)
+    assert finetune.finetune(dataclasses.replace(config, model=model)) == 0
+    lines = {line["step"]: line for line in metrics.read_metrics(tmp_path / "run") if "eval/loss" in line}
+    found = evaluation.evaluate(tmp_path / "run", "pubmedqa", [str(world / "pubmedqa.dev.jsonl")])
+    best = lines[checkpoint.find_step(tmp_path / "run")]
+    assert found.results["log_loss"] == pytest.approx(best["eval/loss"], abs=1e-5)
+
+
 def test_exported_models_answer_alike_in_transformers(run, world, tmp_path):
     folder, name, _ = run
     written = exporting.export(folder, tmp_path / "hf")
@@ -198,6 +209,7 @@ def test_exported_models_answer_alike_in_transformers(run, world, tmp_path):
 
 def test_a_batch_that_does_not_fit_is_refused(world, tmp_path, monkeypatch):
     monkeypatch.setattr(program, "memory_limit", lambda: 1)
+    monkeypatch.setattr(finetune, "_starting_state", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(
         UserError, match=r"^1 example a device needs .* not even 1 fits; .* more devices need less, too$"
     ):

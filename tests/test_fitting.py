@@ -124,6 +124,7 @@ def test_a_first_step_that_finds_too_little_memory_says_so_in_a_line():
 
 def test_train_refuses_before_it_computes_anything(tmp_path, monkeypatch):
     monkeypatch.setattr(program, "memory_limit", lambda: 1)
+    monkeypatch.setattr(train_lib, "_starting_state", lambda *_: pytest.fail("weights were loaded"))
     config = tiny.run_config(tmp_path / "prepared", tmp_path / "run", train={"steps": 3})
     with pytest.raises(UserError, match="2 sequences a device need .* not even 1 fits"):
         train_lib.train(config)

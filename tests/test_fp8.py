@@ -1,12 +1,14 @@
 """Products in FP8 beside float64, and the training step with them."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
-from biomedlm_jax import fp8, load, preparation, sharding, train
+from biomedlm_jax import fp8, load, metrics, preparation, sharding, train
 from biomedlm_jax import model as model_lib
 from biomedlm_jax.config import MeshConfig, ModelConfig
 from biomedlm_jax.devices import Device
@@ -178,17 +180,28 @@ def test_meshes_recomputation_and_accumulation_change_losses_by_rounding_only(ch
 
 
 def test_a_run_goes_on_without_it_and_its_model_is_used_without_it(tmp_path):
-    def config(steps, fp8):
+    def config(fp8, name="run"):
         return tiny.run_config(
             tmp_path / "prepared",
-            tmp_path / "run",
+            tmp_path / name,
             model={"compute_dtype": "bfloat16", "fp8": fp8},
-            train={"steps": 4, "checkpoint_every": steps},
+            train={"steps": 4, "checkpoint_every": 2, "keep_last": 2, "eval_every": 2},
         )
 
-    preparation.ensure_prepared(config(2, True))
-    assert train.train(config(4, True)) == 0
-    assert train.train(config(4, False)) == 0  # has all its steps already: the settings are compared first
+    def numbers(name, run="run"):
+        return {line["step"]: line[name] for line in metrics.read_metrics(tmp_path / run) if name in line}
+
+    preparation.ensure_prepared(config(True))
+    assert train.train(config(True)) == 0
+    with_fp8, evaluated = numbers("train/loss"), numbers("eval/loss")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    assert train.train(config(False)) == 0
+    without = numbers("train/loss")
+    assert with_fp8[2] == without[2] and with_fp8[4] != without[4]
+    assert with_fp8[4] == pytest.approx(without[4], abs=0.01)
+    # Held-out text is not read in FP8, as it would not be by the model that is exported.
+    assert train.train(config(False, "other")) == 0
+    assert evaluated[0] == numbers("eval/loss", "other")[0]
     model = load.load_model(tmp_path / "run", compute_dtype="float32")
     assert not model.config.fp8
     assert {x.dtype for x in jax.tree.leaves(model.params)} == {jnp.dtype("float32")}
@@ -204,6 +217,7 @@ def test_float32_is_refused():
     ("device", "serves"),
     [
         (Device("gpu", "NVIDIA A100-SXM4-40GB", 8.0, 108), False),
+        (Device("gpu", "NVIDIA L40S", 8.9, 142), False),
         (Device("tpu", "TPU v5", 0.0, 1), False),
         (Device("tpu", "TPU v6 lite", 0.0, 1), False),
         (Device("gpu", "NVIDIA H200", 9.0, 132), True),
