@@ -385,7 +385,13 @@ def test_other_benchmarks_after_a_stop_are_named_rightly(tmp_path, monkeypatch):
 def test_interrupting_leaves_no_process(corpus, undisturbed, tmp_path, subprocess_env):
     folder, work = tmp_path / "rows", tmp_path / ".rows.partial"
     process = subprocess.Popen(
-        command(corpus, folder, 2), env=subprocess_env, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command(corpus, folder, 2),
+        env=subprocess_env,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Which shells ignore in what they start in the background, such as these tests.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     wait_for((work / "index-00000.json").exists, process)
     os.killpg(process.pid, signal.SIGINT)
