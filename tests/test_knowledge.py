@@ -16,6 +16,6 @@ def test_a_model_answers_what_it_read_and_guesses_what_it_did_not(tmp_path, monk
 
     groups = knowledge.run(knowledge.SMALL, tmp_path)["groups"]
     assert groups["fine-tuned"]["accuracy"] > 0.9
-    # Of 11 drugs: 73, 86 and 90 % in runs that differ in the order of sums, after which it knows one or two drugs or not.
+    # Of 11 drugs: 73, 86 and 90 % in runs that differ in the order of sums; one drug is nine points.
     assert groups["held out"]["accuracy"] > 0.6
     assert 0.15 < groups["unread"]["accuracy"] < 0.35  # chance is 25 %
