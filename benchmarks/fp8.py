@@ -85,8 +85,7 @@ def train(config: Any, run: Run) -> dict[str, Any]:
             if len(losses) % 50 == 0:
                 print(f"{run.name}: step {len(losses)}, loss {losses[-1]:.4f}", file=sys.stderr, flush=True)
         seconds = time.perf_counter() - begin
-        as_used = dataclasses.replace(config, model=dataclasses.replace(model, fp8=False))
-        evaluate = step.jit_eval_step(as_used, mesh)
+        evaluate = step.jit_eval_step(config_lib.as_used(config), mesh)
         nll = tokens = 0.0
         for held_out in mixture.open_held_out(config).values():
             found = step.held_out_loss(evaluate, state.params, data.eval_batches(held_out, size, rows))

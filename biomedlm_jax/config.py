@@ -535,6 +535,11 @@ def save_config(config: Any, path: str | Path) -> None:
     replace_file(path, yaml.safe_dump(values, sort_keys=False, width=120, allow_unicode=True).encode())
 
 
+def as_used(config: Any) -> Any:
+    """A run's configuration as its model is used outside of training steps: without FP8."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, fp8=False))
+
+
 # Settings that may change when a run goes on: they decide how and where it is computed, not what. (FP8 rounds more.)
 _MAY_CHANGE = {
     "task": {"train_files", "eval_files"},

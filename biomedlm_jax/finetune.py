@@ -229,8 +229,7 @@ class _Evaluator:
         self._dev_set, self._rows = dev_set, sharding.batch_sharding(mesh)
         self._size = config.train.global_batch_size // config.train.gradient_accumulation_steps
         self._has_head = bool(adaptation.scores_per_row(config))
-        # As the model is used.
-        used = dataclasses.replace(config, model=dataclasses.replace(config.model, fp8=False))
+        used = config_lib.as_used(config)
         self._step = (
             heads.jit_scores(used, mesh, adaptation.lora_of(config))
             if self._has_head

@@ -9,7 +9,6 @@ Which weights a run starts from, the first that there is:
 """
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import os
@@ -243,9 +242,7 @@ class _Evaluator:
         # As many rows at once as in training, and the same rows however many that are.
         self._batch_size, self._limit = config.train.global_batch_size // parts, config.train.eval_batches * parts
         self._document_attention = config.data.document_attention
-        # As the model is used.
-        used = dataclasses.replace(config, model=dataclasses.replace(config.model, fp8=False))
-        self._step = step.jit_eval_step(used, batch_sharding.mesh)
+        self._step = step.jit_eval_step(config_lib.as_used(config), batch_sharding.mesh)
 
     def __call__(self, params: Any) -> dict[str, float]:
         """'eval/loss' in nats a token of all sets, 'eval/perplexity', and of several sets 'eval/loss/NAME' of each.

@@ -124,7 +124,7 @@ class _Buffers:
     def _op_name(self, name: str) -> str:
         return self.op_names.get(_without_index(name), "")
 
-    def live_at_peak(self) -> set[_Value]:
+    def live_at_peak(self) -> list[_Value]:
         """The temporary values in memory when most of it is in use.
 
         What XLA calls its peak counts donated arguments a second time, as the results that take their place.
@@ -133,8 +133,8 @@ class _Buffers:
         for name, start, end in self._ranges():
             if value := self._values.get(name) or self._values.get(_without_index(name)):
                 changes += [(start, True, value), (end + 1, False, value)]
-        live: set[_Value] = set()
-        peak: set[_Value] = set()
+        live: dict[_Value, None] = {}  # in the order of the program, which a set would not keep
+        peak: list[_Value] = []
         # Values that share a place take its room once.
         users: Counter[tuple[str, int]] = Counter()
         sizes: dict[tuple[str, int], int] = {}
@@ -142,18 +142,18 @@ class _Buffers:
         for _, begins, value in sorted(changes, key=lambda change: change[:2]):
             place = value.allocation, value.offset
             if begins:
-                live.add(value)
+                live[value] = None
                 if not users[place]:
                     sizes[place] = value.size
                     used += value.size
                 users[place] += 1
             else:
-                live.discard(value)
+                live.pop(value, None)
                 users[place] -= 1
                 if not users[place]:
                     used -= sizes[place]
             if used > most:
-                most, peak = used, live.copy()
+                most, peak = used, list(live)
         return peak
 
     def survives_forward(self) -> set[str]:
